@@ -1,0 +1,44 @@
+"""Llama 3 8B (Meta 2024): 8.03 billion parameters, 8,192 tokens of context, batches of 4 million tokens.
+
+    lm config show configs/llama3_8b.py
+    lm data build configs/llama3_8b.py --data.paths 'gs://bucket/text/*.jsonl.zst' --data.dir gs://bucket/tokens
+
+The tokenizer is Meta's, as a Hugging Face tokenizer.json: point data.tokenizer.path at it.
+"""
+
+from lm.data.config import DataConfig, TokenizerConfig
+from lm.experiment import Config, RunConfig
+from lm.model.config import ModelConfig
+from lm.optim.config import OptimConfig
+from lm.parallel.mesh import MeshConfig
+from lm.train.config import CheckpointConfig, EvalConfig, TrainConfig
+
+config = Config(
+    run=RunConfig(dir="runs/llama3_8b"),
+    model=ModelConfig(
+        vocab_size=128_256,
+        layers=32,
+        width=4096,
+        heads=32,
+        kv_heads=8,
+        hidden=14_336,
+        activation="swiglu",
+        norm="rms",
+        norm_epsilon=1e-5,
+        positions="rotary",
+        rope_theta=500_000.0,
+        embeddings="untied",
+    ),
+    data=DataConfig(
+        paths=("text",),
+        tokenizer=TokenizerConfig(kind="huggingface", path="tokenizer.json"),
+        holdout_fraction=0.0005,
+    ),
+    optim=OptimConfig(
+        learning_rate=3e-4, schedule="cosine", warmup_steps=2000, final_fraction=0.01, weight_decay=0.1
+    ),
+    train=TrainConfig(steps=250_000, batch_size=512, sequence_length=8192, remat="full", z_loss=1e-5),
+    mesh=MeshConfig(fsdp=-1),
+    checkpoint=CheckpointConfig(every=500, keep_last=2, keep_every=10_000),
+    eval=EvalConfig(every=1000),
+)

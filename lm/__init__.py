@@ -1,0 +1,1 @@
+"""Pretraining of decoder-only transformer language models with JAX and Flax."""

@@ -1,0 +1,241 @@
+"""`lm VERB …`: one thin function per verb. What is heavy to import is imported inside, so that help is instant."""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lm.errors import LmError
+
+if TYPE_CHECKING:
+    from lm.experiment import Config
+
+ABOUT = "Pretrains decoder-only transformer language models."
+EPILOG = """\
+CONFIG is a .py file with a `config`, a .json file, or a run directory.
+Every value in it can be overridden: lm train CONFIG --train.steps 50 --run.dir=runs/a
+exit codes: 0 done, 2 config or usage, 3 data, 4 diverged, 5 storage, 75 stopped and resumable
+"""
+_OVERRIDE = re.compile(r"--[A-Za-z_]\w*(\.\w+)+(=.*)?", re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns the exit code."""
+    given, overrides = _take_overrides(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(given)
+    if (unknown or overrides) and not options.takes_overrides:
+        parser.error(f"unrecognized arguments: {' '.join([*unknown, *overrides])}")
+    options.overrides = [*overrides, *unknown]
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except LmError as error:
+        print(f"lm: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separates `--section.key value` and `--section.key=value` from the rest, wherever they stand."""
+    rest, overrides, queue = [], [], list(arguments)
+    while queue:
+        word = queue.pop(0)
+        if not _OVERRIDE.fullmatch(word):
+            rest.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word and queue and not _OVERRIDE.fullmatch(queue[0]):
+            overrides.append(queue.pop(0))
+    return rest, overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("lm", description=ABOUT, epilog=EPILOG, formatter_class=style)
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def add(
+        group: Any,
+        name: str,
+        run: Callable[[argparse.Namespace], None],
+        about: str,
+        *,
+        overrides: bool = False,
+    ) -> argparse.ArgumentParser:
+        verb: argparse.ArgumentParser = group.add_parser(
+            name, help=about, description=about, epilog=EPILOG, formatter_class=style, allow_abbrev=False
+        )
+        verb.set_defaults(run=run, takes_overrides=overrides)
+        return verb
+
+    def add_group(name: str, about: str) -> Any:
+        group = verbs.add_parser(name, help=about, description=about, formatter_class=style)
+        return group.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    verb = add(verbs, "train", _train, "train, or go on with a run that was stopped", overrides=True)
+    verb.add_argument("config", metavar="CONFIG")
+
+    verb = add(verbs, "eval", _eval, "held-out loss, perplexity and bits per byte of a run")
+    verb.add_argument("trained", metavar="RUN")
+    verb.add_argument("--step", type=int, help="checkpoint to take; default: the newest")
+    verb.add_argument("--data", metavar="DIR", help="other built data, with the same tokenizer")
+    verb.add_argument("--split", choices=("heldout", "train"), default="heldout")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+
+    verb = add(verbs, "generate", _generate, "continue texts with a trained model")
+    verb.add_argument("trained", metavar="RUN")
+    verb.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    verb.add_argument("--prompt-file", metavar="FILE", help="a prompt from a file; - is standard input")
+    verb.add_argument("--step", type=int, help="checkpoint to take; default: the newest")
+    verb.add_argument("--max-tokens", type=int, default=200)
+    verb.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token")
+    verb.add_argument("--top-k", type=int, default=0, help="only the K most likely tokens; 0: all")
+    verb.add_argument("--top-p", type=float, default=1.0, help="the fewest tokens that have this probability")
+    verb.add_argument("--min-p", type=float, default=0.0, help="only tokens with this share of the highest")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
+    verb.add_argument("--scores", action="store_true", help="probability and entropy of each token")
+    verb.add_argument("--threshold", type=float, default=0.1, help="tokens less likely than this are marked")
+
+    configs = add_group("config", "look at configs")
+    verb = add(configs, "show", _config_show, "all values, and what each parameter gets", overrides=True)
+    verb.add_argument("config", metavar="CONFIG")
+    verb.add_argument("--json", action="store_true", help="the values only, as config.json has them")
+    verb = add(configs, "diff", _config_diff, "the values that differ")
+    verb.add_argument("a", metavar="A")
+    verb.add_argument("b", metavar="B")
+
+    data = add_group("data", "build and look at training data")
+    verb = add(data, "build", _data_build, "tokenize the sources of a config", overrides=True)
+    verb.add_argument("config", metavar="CONFIG")
+    verb = add(data, "show", _data_show, "the text of the batch of any step", overrides=True)
+    verb.add_argument("config", metavar="RUN_OR_CONFIG")
+    verb.add_argument(
+        "--step", type=int, required=True, metavar="K", help="counted from 0, as in metrics.jsonl"
+    )
+
+    checkpoints = add_group("checkpoint", "look at checkpoints")
+    verb = add(checkpoints, "list", _checkpoint_list, "each step and the digest of its state")
+    verb.add_argument("trained", metavar="RUN")
+    return parser
+
+
+def _load(options: argparse.Namespace) -> "Config":
+    from lm import config
+    from lm.experiment import Config
+
+    return config.load(options.config, Config, options.overrides)
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = _load(options)
+    from lm.train.loop import train
+
+    train(config, stream=sys.stdout)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from lm.evaluate.perplexity import perplexity
+    from lm.train.load import load_trained
+
+    trained = load_trained(options.trained, step=options.step)
+    result = perplexity(trained, data_dir=options.data, split=options.split)
+    values = {
+        "step": trained.step,
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+    }
+    if options.json:
+        print(json.dumps(values))
+    else:
+        for name, value in values.items():
+            print(f"{name:<14} {value:.6f}" if isinstance(value, float) else f"{name:<14} {value}")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from lm.generate.command import run
+    from lm.generate.sampling import Sampling
+    from lm.train.load import load_trained
+
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        seed=options.seed,
+    )
+    trained = load_trained(options.trained, step=options.step)
+    run(
+        trained.config.model,
+        trained.params,
+        trained.tokenizer,
+        prompts=options.prompt,
+        prompt_file=options.prompt_file,
+        max_tokens=options.max_tokens,
+        sampling=sampling,
+        stop=options.stop,
+        threshold=options.threshold if options.scores else None,
+    )
+
+
+def _config_show(options: argparse.Namespace) -> None:
+    from lm import config as configs
+
+    config = _load(options)
+    if options.json:
+        print(configs.to_json(config), end="")
+        return
+    from lm.train.describe import describe
+
+    print(configs.show(config))
+    print()
+    print(describe(config))
+
+
+def _config_diff(options: argparse.Namespace) -> None:
+    from lm import config as configs
+    from lm.experiment import Config
+
+    differences = configs.diff(configs.load(options.a, Config), configs.load(options.b, Config))
+    print(configs.format_diff(differences) if differences else "no difference")
+
+
+def _data_build(options: argparse.Namespace) -> None:
+    from lm.data.build import build
+
+    config = _load(options)
+    build(config.data, config.data_dir, print)
+
+
+def _data_show(options: argparse.Namespace) -> None:
+    from lm.data.batches import Batches
+    from lm.data.show import show
+
+    config = _load(options)
+    size, length = config.train.batch_size, config.train.sequence_length
+    batches = Batches(config.data_dir, "train", size, length, config.run.seed)
+    for line in show(batches, options.step):
+        print(line)
+
+
+def _checkpoint_list(options: argparse.Namespace) -> None:
+    from lm.train.checkpoint import list_checkpoints
+    from lm.train.run_directory import RunDirectory, is_run
+
+    if not is_run(options.trained):
+        from lm.errors import ConfigError
+
+        raise ConfigError(f"{options.trained} is not a run, it has no config.json")
+    for info in list_checkpoints(RunDirectory(options.trained).checkpoints):
+        print(f"{info.step:>10}  {info.digest or 'bad: ' + str(info.problem)}")

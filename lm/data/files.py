@@ -1,0 +1,64 @@
+"""Local paths and bucket URLs alike, and files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from etils import epath
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether the path is a URL such as gs://bucket/file."""
+    return "://" in os.fspath(path)
+
+
+def write_atomically(path: epath.Path, data: bytes) -> None:
+    """Writes a small file so that a reader, also after a crash, sees all of it or nothing."""
+    if is_remote(path):
+        path.write_bytes(data)  # an object appears when its upload is complete
+        return
+    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def temporary_for(path: epath.Path) -> Path:
+    """A local file to write what `publish` will then put at `path`."""
+    name = f"{path.name}.{os.getpid()}.tmp"
+    if is_remote(path):
+        return Path(tempfile.gettempdir()) / name
+    return Path(os.fspath(path)).with_name(name)
+
+
+def publish(temporary: Path, path: epath.Path) -> None:
+    """Moves a finished local file to its final place, which may be in a bucket."""
+    if is_remote(path):
+        epath.Path(temporary).copy(path, overwrite=True)
+        temporary.unlink()
+        return
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(os.fspath(path))
+
+
+def local_copy(path: epath.Path, size: int, digest: str) -> str:
+    """The name of a local file with what is at `path`; of a file in a bucket a copy is made and kept.
+
+    The copy is named by `digest`, which stands for the content, so a copy is never out of date.
+    """
+    if not is_remote(path):
+        return os.fspath(path)
+    name = hashlib.sha256(f"{path}\0{digest}".encode()).hexdigest()[:32]
+    copy = Path(tempfile.gettempdir()) / f"lm-data-{os.getuid()}" / name
+    if not copy.exists() or copy.stat().st_size != size:
+        copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = copy.with_name(f"{name}.{os.getpid()}.tmp")
+        path.copy(temporary, overwrite=True)
+        temporary.replace(copy)
+    return os.fspath(copy)

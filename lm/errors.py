@@ -1,0 +1,41 @@
+"""Failures that a user can act on, each with the exit code that the process ends with.
+
+0 means that the work is done; any code not listed here is a bug. A message is written to be printed
+as it is: what was wrong, where, and what to do instead.
+"""
+
+
+class LmError(Exception):
+    """Base of all failures that are reported without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(LmError):
+    """A config, a command line or a use of a run directory that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(LmError):
+    """Missing, empty, unreadable or changed training data or tokenizer."""
+
+    exit_code = 3
+
+
+class DivergedError(LmError):
+    """Training met too many non-finite steps in a row; the last good state is kept."""
+
+    exit_code = 4
+
+
+class StorageError(LmError):
+    """Results could not be stored, or what is stored cannot be trusted."""
+
+    exit_code = 5
+
+
+class Stopped(LmError):
+    """The run was asked to stop, has saved its state, and goes on when started again."""
+
+    exit_code = 75

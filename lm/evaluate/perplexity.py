@@ -1,0 +1,27 @@
+"""Perplexity and bits per byte of a trained model on held-out text."""
+
+import jax
+
+from lm.data.batches import Evaluation
+from lm.data.manifest import read_tokenizer
+from lm.errors import DataError
+from lm.parallel.sharding import batch_sharding
+from lm.train.heldout import HeldOut, held_out_loss
+from lm.train.load import Trained
+from lm.train.step import make_eval_step
+
+
+def perplexity(trained: Trained, *, data_dir: str | None = None, split: str = "heldout") -> HeldOut:
+    """Loss over all of a split of built data, in windows of the training length, each target counted once.
+
+    `data_dir`: other data, built with the same tokenizer; None: that of the run. Raises DataError when the
+    split is empty or the tokenizer is another one.
+    """
+    config, directory = trained.config, data_dir or trained.config.data_dir
+    if read_tokenizer(directory).fingerprint != trained.tokenizer.fingerprint:
+        raise DataError(f"{directory} was built with another tokenizer than the model was trained with")
+    windows = Evaluation(directory, split, config.train.batch_size, config.train.sequence_length)
+    eval_step = jax.jit(make_eval_step(config))
+    sharding = batch_sharding(trained.mesh)
+    parts = (jax.device_put(windows.batch(i), sharding) for i in range(len(windows)))
+    return held_out_loss(eval_step, trained.params, parts)

@@ -1,0 +1,42 @@
+"""Causal attention over packed documents, behind one call."""
+
+from typing import NamedTuple
+
+import jax
+
+from lm.kernels.attention.reference import reference_attention
+
+
+class Places(NamedTuple):
+    """Where tokens stand: int32 [B, S] each. A token sees those of its own segment at positions up to its own."""
+
+    segments: jax.Array
+    positions: jax.Array
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    queries: Places,
+    keys: Places,
+    window: int = 0,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Attention of q [B, S, H, d] over k, v [B, T, K, d], where K divides H. Returns [B, S, H, d] in q's dtype.
+
+    Scores are scaled by 1 / sqrt(d). `window`: how many positions back a token sees, itself included; 0 is all.
+    `softcap`: scores become softcap * tanh(score / softcap) before the mask.
+    """
+    return reference_attention(
+        q,
+        k,
+        v,
+        query_segments=queries.segments,
+        query_positions=queries.positions,
+        key_segments=keys.segments,
+        key_positions=keys.positions,
+        window=window,
+        softcap=softcap,
+    )

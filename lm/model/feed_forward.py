@@ -1,0 +1,49 @@
+"""The feed-forward layer: plain (GELU, squared ReLU) or gated (SwiGLU, GeGLU; Shazeer 2020)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from lm.model.config import ModelConfig
+from lm.model.initialization import Initializer
+
+_ACTIVATIONS = {
+    "swiglu": jax.nn.silu,
+    "geglu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+class FeedForward(nnx.Module):
+    """x [B, S, D] to [B, S, D] through a hidden layer of F."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        d, f, init = config.width, config.hidden_width, Initializer(config)
+        key_in, key_gate, key_out = jax.random.split(key, 3)
+        self.activation = config.activation
+        self.up = nnx.Param(init.matrix(key_in, (d, f), fan_in=d), axes=("embed", "mlp"))
+        gate = init.matrix(key_gate, (d, f), fan_in=d) if config.gated else None
+        self.gate = None if gate is None else nnx.Param(gate, axes=("embed", "mlp"))
+        self.down = nnx.Param(init.residual(key_out, (f, d), fan_in=f), axes=("mlp", "embed"))
+        bias = config.bias == "all"
+        self.up_bias = nnx.Param(jnp.zeros(f, jnp.float32), axes=("mlp",)) if bias else None
+        self.down_bias = nnx.Param(jnp.zeros(d, jnp.float32), axes=("embed",)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        up = x @ self.up[...].astype(x.dtype)
+        if self.up_bias is not None:
+            up = up + self.up_bias[...].astype(x.dtype)
+        up = checkpoint_name(up, "feed_forward_up")
+        activation = _ACTIVATIONS[self.activation]
+        if self.gate is None:
+            hidden = activation(up)
+        else:
+            gate = checkpoint_name(x @ self.gate[...].astype(x.dtype), "feed_forward_gate")
+            hidden = activation(gate) * up
+        y = hidden @ self.down[...].astype(x.dtype)
+        return y if self.down_bias is None else y + self.down_bias[...].astype(x.dtype)

@@ -1,0 +1,28 @@
+"""RMSNorm (Zhang & Sennrich 2019) and LayerNorm (Ba et al. 2016), computed in float32."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lm.model.config import ModelConfig
+
+
+class Norm(nnx.Module):
+    """Normalises the last axis of x [..., size]; returns the dtype of x."""
+
+    def __init__(self, config: ModelConfig, size: int, axis: str):
+        self.kind, self.epsilon = config.norm, config.norm_epsilon
+        scale, bias = config.norm_parameters != "none", config.norm_parameters == "scale_and_bias"
+        self.scale = nnx.Param(jnp.ones(size, jnp.float32), axes=(axis,)) if scale else None
+        self.bias = nnx.Param(jnp.zeros(size, jnp.float32), axes=(axis,)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        if self.scale is not None:
+            y = y * self.scale[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(x.dtype)

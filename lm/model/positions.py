@@ -1,0 +1,25 @@
+"""Positions that are computed: rotary (Su et al. 2021) and sinusoidal (Vaswani et al. 2017)."""
+
+import jax
+import jax.numpy as jnp
+
+
+def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Turns x [B, S, heads, head_dim] by its positions [B, S]; dimension i pairs with i + head_dim / 2.
+
+    Angles and products are float32; returns the dtype of x.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def sinusoidal(positions: jax.Array, width: int) -> jax.Array:
+    """float32 [B, S, width] from positions [B, S]: sines in the first half, cosines in the second."""
+    half = -(-width // 2)
+    frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :width]

@@ -1,0 +1,249 @@
+"""The decoder-only transformer: embeddings, a scan over stacked layers, and the output projection."""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lm.kernels.attention import Places
+from lm.model.attention import Attention, KeyValues
+from lm.model.config import ModelConfig
+from lm.model.feed_forward import FeedForward
+from lm.model.initialization import Initializer
+from lm.model.norms import Norm
+from lm.model.positions import sinusoidal
+
+Remat = Literal["none", "dots", "full"]
+"""What the backward pass finds saved: all it needs, the results of products with weights, or only the input of
+each layer (the rest is computed again)."""
+
+Cache = dict[str, KeyValues]
+
+
+class Block(nnx.Module):
+    """One layer: attention, then feed-forward, each with its norms around it."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array, *, window: int):
+        key_attention, key_feed_forward = jax.random.split(key)
+        self.placement, self.dropout = config.norm_placement, config.dropout
+        self.attention = Attention(config, key_attention, window=window)
+        self.feed_forward = FeedForward(config, key_feed_forward)
+        self.attention_norm = Norm(config, config.width, "embed")
+        self.feed_forward_norm = Norm(config, config.width, "embed")
+        sandwich = config.norm_placement == "sandwich"
+        self.attention_output_norm = Norm(config, config.width, "embed") if sandwich else None
+        self.feed_forward_output_norm = Norm(config, config.width, "embed") if sandwich else None
+
+    def __call__(
+        self, x: jax.Array, places: Places, key: jax.Array | None, cache: KeyValues | None
+    ) -> tuple[jax.Array, KeyValues | None]:
+        keys = (None, None) if key is None else jax.random.split(key)
+        reads_norm = self.placement in ("pre", "sandwich")
+
+        y, cache = self.attention(self.attention_norm(x) if reads_norm else x, places, cache)
+        x = self._add(x, y, self.attention_norm, self.attention_output_norm, keys[0])
+        y = self.feed_forward(self.feed_forward_norm(x) if reads_norm else x)
+        x = self._add(x, y, self.feed_forward_norm, self.feed_forward_output_norm, keys[1])
+        return x, cache
+
+    def _add(
+        self, x: jax.Array, y: jax.Array, norm: Norm, output_norm: Norm | None, key: jax.Array | None
+    ) -> jax.Array:
+        if output_norm is not None:
+            y = output_norm(y)
+        elif self.placement == "output":
+            y = norm(y)
+        x = x + dropout(y, self.dropout, key)
+        return norm(x) if self.placement == "post" else x
+
+
+class Transformer(nnx.Module):
+    """Tokens to hidden states [B, S, D]; `logits` or the loss (lm/model/loss.py) take it from there.
+
+    Layers are stacked for `lax.scan`: with a pattern of p windows, `layers["i"]` holds layers i, i + p, i + 2p, …
+    along a leading axis. Layers left over when p does not divide L are in `last_layers`, not stacked.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        self.config = config
+        init = Initializer(config)
+        key_embed, key_positions, key_output, key_layers = jax.random.split(key, 4)
+        self.embedding = nnx.Param(init.embedding(key_embed, config.vocab_size), axes=("vocab", "embed"))
+        table = init.embedding(key_positions, config.context) if config.positions == "learned" else None
+        self.positions = None if table is None else nnx.Param(table, axes=("positions", "embed"))
+        groups, rest = divmod(config.layers, len(config.pattern))
+        keys = jax.random.split(key_layers, config.layers)
+        stacked, last = keys[: config.layers - rest], keys[config.layers - rest :]
+        self.layers = nnx.Dict(
+            {
+                str(i): _stack(
+                    functools.partial(Block, config, window=window), stacked[i :: len(config.pattern)]
+                )
+                for i, window in enumerate(config.pattern)
+            }
+        )
+        self.last_layers = nnx.Dict(
+            {
+                str(i): Block(config, k, window=w)
+                for i, (w, k) in enumerate(zip(config.pattern, last, strict=False))
+            }
+        )
+        self.final_norm = None if config.norm_placement == "post" else Norm(config, config.width, "embed")
+        shape = (config.vocab_size, config.width)
+        untied = config.embeddings == "untied"
+        output = init.matrix(key_output, shape, fan_in=config.width) if untied else None
+        self.output = None if output is None else nnx.Param(output, axes=("vocab", "embed"))
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        places: Places,
+        *,
+        dtype: jnp.dtype,
+        key: jax.Array | None = None,
+        cache: Cache | None = None,
+        remat: Remat = "none",
+    ) -> tuple[jax.Array, Cache | None]:
+        """tokens and places int32 [B, S]; `key` turns dropout on. Returns hidden states and the cache written to."""
+        config = self.config
+        if key is not None and config.dropout == 0:
+            key = None
+        x = self.embedding[...].astype(dtype)[tokens]
+        if self.positions is not None:
+            x = x + self.positions[...].astype(dtype)[places.positions]
+        elif config.positions == "sinusoidal":
+            x = x + sinusoidal(places.positions, config.width).astype(dtype)
+        x = dropout(x, config.dropout, None if key is None else jax.random.fold_in(key, config.layers))
+
+        def block(
+            part: nnx.State, graph: Any, x: jax.Array, layer: jax.Array, cache: KeyValues | None
+        ) -> Any:
+            layer_key = None if key is None else jax.random.fold_in(key, layer)
+            return nnx.merge(graph, part)(x, places, layer_key, cache)
+
+        graphs, states = _split_all(self.layers)
+        wrapped = {i: _remat(functools.partial(block, graph=graph), remat) for i, graph in graphs.items()}
+        period = len(config.pattern)
+
+        def group(x: jax.Array, inputs: tuple) -> tuple[jax.Array, dict]:
+            parts, first, caches = inputs
+            for i, part in parts.items():
+                x, caches[i] = wrapped[i](part, x=x, layer=first + int(i), cache=caches[i])
+            return x, caches
+
+        groups = config.layers // period
+        stacked_cache = {i: None if cache is None else cache[i] for i in graphs}
+        firsts = jnp.arange(groups, dtype=jnp.int32) * period
+        x, stacked_cache = jax.lax.scan(group, x, (states, firsts, stacked_cache))
+
+        last_graphs, last_states = _split_all(self.last_layers)
+        last_cache: dict[str, KeyValues | None] = {}
+        for i, graph in last_graphs.items():
+            layer = jnp.int32(groups * period + int(i))
+            call = _remat(functools.partial(block, graph=graph), remat)
+            name = f"last_{i}"
+            x, last_cache[name] = call(
+                last_states[i], x=x, layer=layer, cache=None if cache is None else cache[name]
+            )
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return x, None if cache is None else {**stacked_cache, **last_cache}
+
+    @property
+    def output_weights(self) -> jax.Array:
+        """float32 [V, D], one row per id."""
+        return self.embedding[...] if self.output is None else self.output[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [..., V] from hidden states [..., D]."""
+        weights = self.output_weights.astype(hidden.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32)
+        cap = self.config.output_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
+        """Room for `length` tokens of `batch` sequences."""
+        config = self.config
+        shape = (batch, length, config.key_value_heads, config.head_width)
+        groups = config.layers // len(config.pattern)
+
+        def zeros(*leading: int) -> KeyValues:
+            return KeyValues(jnp.zeros((*leading, *shape), dtype), jnp.zeros((*leading, *shape), dtype))
+
+        stacked = {i: zeros(groups) for i in self.layers}
+        return stacked | {f"last_{i}": zeros() for i in self.last_layers}
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share `rate` of x and scales up the rest; the identity without a key."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """What products are computed in on the devices at hand."""
+    if config.dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(config.dtype)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Draws all parameters: nested dict of float32 arrays. To be jitted by the caller, with its shardings."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, key)))
+
+
+@functools.cache
+def _abstract(config: ModelConfig) -> tuple[Any, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, jax.random.key(0))))
+
+
+def bind(config: ModelConfig, params: dict[str, Any]) -> Transformer:
+    """The module with these parameters in it; params as from `init_params`, arrays or tracers."""
+    graph, abstract = _abstract(config)
+    state = jax.tree.map(lambda leaf: leaf, abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`; allocates nothing."""
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def parameter_axes(config: ModelConfig) -> dict[str, Any]:
+    """The logical axis names of each parameter, in a tree like the parameters', one tuple per leaf."""
+    _, abstract = _abstract(config)
+    axes = {}
+    for path, variable in nnx.to_flat_state(abstract):
+        names = tuple(variable.get_metadata()["axes"])
+        axes[path] = ("layers", *names) if path[0] == "layers" else names
+    tree: dict[str, Any] = {}
+    for path, names in axes.items():
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = names
+    return tree
+
+
+def _stack(make: Any, keys: jax.Array) -> nnx.Module:
+    """One module whose parameters have a leading axis over keys."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
+    return nnx.merge(graph, jax.vmap(lambda key: nnx.state(make(key)))(keys))
+
+
+def _split_all(blocks: nnx.Dict) -> tuple[dict[str, Any], dict[str, nnx.State]]:
+    pairs = {i: nnx.split(block) for i, block in blocks.items()}
+    return {i: graph for i, (graph, _) in pairs.items()}, {i: state for i, (_, state) in pairs.items()}
+
+
+def _remat(function: Any, remat: Remat) -> Any:
+    if remat == "none":
+        return function
+    policies = jax.checkpoint_policies
+    policy = {"full": policies.nothing_saveable, "dots": policies.dots_with_no_batch_dims_saveable}[remat]
+    # Inside a scan, XLA cannot merge the second computation with the first: no barrier is needed.
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)

@@ -1,0 +1,43 @@
+"""Loss on text that is never trained on."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.model.loss import Batch, LossSums
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Means over all targets of the batches evaluated."""
+
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float
+    """Bits per byte of the raw text, which compares across tokenizers."""
+    tokens: int
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """Per token."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def held_out_loss(
+    eval_step: Callable[[Any, Batch], LossSums], params: Any, batches: Iterable[Batch]
+) -> HeldOut:
+    """Runs over the batches, already on the devices, and divides once at the end."""
+    results = [eval_step(params, batch) for batch in batches]
+    sums = np.sum([np.asarray(row, np.float64) for row in jax.device_get(results)], axis=0)
+    _, nll, weight, size = sums
+    return HeldOut(
+        loss=float(nll / max(weight, 1)),
+        bits_per_byte=float(nll / (math.log(2) * max(size, 1))),
+        tokens=int(weight),
+        bytes=int(size),
+    )

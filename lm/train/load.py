@@ -1,0 +1,54 @@
+"""What a finished or running run has learned: its config, tokenizer and parameters, from a checkpoint alone."""
+
+import dataclasses
+import json
+from typing import Any
+
+from jax.sharding import Mesh
+
+from lm import config as configs
+from lm.data.tokenizers import FILE_NAMES, Tokenizer, load_tokenizer
+from lm.errors import ConfigError, StorageError
+from lm.experiment import Config
+from lm.parallel.mesh import make_mesh
+from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
+from lm.train.run_directory import RunDirectory, is_run
+from lm.train.state import abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model as it was with `step` steps done."""
+
+    config: Config
+    params: Any
+    tokenizer: Tokenizer
+    step: int
+    mesh: Mesh
+
+
+def load_trained(path: str, *, step: int | None = None) -> Trained:
+    """Reads the newest checkpoint of the run at `path`, or that of `step`; all checksums are verified.
+
+    Raises ConfigError when there is no such run or step, StorageError when the checkpoint is damaged.
+    """
+    directory = RunDirectory(path).checkpoints
+    if not is_run(path):
+        raise ConfigError(f"{path} is not a run, it has no config.json; `lm train` makes runs")
+    infos = {info.step: info for info in list_checkpoints(directory)}
+    if not infos:
+        raise ConfigError(f"{path} has no checkpoint yet")
+    if step is not None and step not in infos:
+        raise ConfigError(f"{path} has no checkpoint {step}; there are {', '.join(map(str, infos))}")
+    step = max(infos) if step is None else step
+    problem = infos[step].problem
+    if problem is not None:
+        raise StorageError(f"checkpoint {step} of {path} is bad: {problem}; choose another with --step")
+
+    text = read_attachment(directory, step, "config.json").decode()
+    config = configs.from_dict(Config, json.loads(text))
+    mesh = make_mesh(config.mesh)
+    state = Checkpoints(directory, config.checkpoint, {}, print).restore(step, abstract_state(config, mesh))
+    kind = config.data.tokenizer.kind
+    tokenizer = load_tokenizer(kind, read_attachment(directory, step, FILE_NAMES[kind]))
+    return Trained(config, state.params, tokenizer, step, mesh)

@@ -1,0 +1,308 @@
+"""Training, to be read from top to bottom.
+
+The order of things in a run is a contract:
+  1. the run directory is locked, and the config agrees with what the directory holds;
+  2. the data is built, or found built, and the tokenizer fits the model;
+  3. the newest good checkpoint is restored, or the state is drawn from the seed;
+  4. for each step: held-out loss if due, the step itself, metrics of the step before, a save if due;
+  5. the last save is waited for, then all held-out text is evaluated and a sample is written.
+
+Steps are counted from 0: step k takes the state with k steps done, and batch k, to k + 1 steps done. What is
+logged for step k, and `lm data show --step k`, belong together. A checkpoint is named by the steps done.
+"""
+
+import resource
+import sys
+import time
+from typing import TextIO
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lm import config as configs
+from lm.data.batches import Batches, Evaluation, Loader
+from lm.data.build import build
+from lm.data.manifest import read_tokenizer
+from lm.errors import ConfigError, DivergedError, Stopped, StorageError
+from lm.experiment import Config
+from lm.model.flops import flops_per_token, parameter_count, peak_flops
+from lm.model.loss import Batch
+from lm.parallel.mesh import make_mesh
+from lm.parallel.sharding import batch_sharding
+from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
+from lm.train.heldout import HeldOut, held_out_loss
+from lm.train.meter import Meter
+from lm.train.progress import Progress, human_count, human_seconds
+from lm.train.resume import refuse_if_changed
+from lm.train.run_directory import RunDirectory, is_run, write_atomically
+from lm.train.sample import sample_text
+from lm.train.signals import StopRequest, stop_signals
+from lm.train.state import TrainState, abstract_state, init_state
+from lm.train.step import Metrics, make_eval_step, make_train_step
+from lm.train.summaries import Summaries, verbatim
+
+FINGERPRINT = "data_fingerprint.txt"
+"""Attached to each checkpoint: what data it was trained on."""
+
+
+def train(config: Config, *, stream: TextIO | None) -> None:
+    """Runs, or goes on with, the run in `config.run.dir` until all steps are done.
+
+    Progress is printed to `stream`. Raises LmError, whose exit code says how the run ended: Stopped when a
+    signal ended it after a save, DivergedError, DataError, StorageError, or ConfigError before anything happened.
+    """
+    mesh = make_mesh(config.mesh)
+    abstract = abstract_state(config, mesh)
+    with (
+        stop_signals() as stop,
+        RunDirectory(config.run.dir) as directory,
+        Progress(config.train.steps, stream=stream, log=directory.log) as progress,
+    ):
+        _Run(config, mesh, abstract, directory, progress, stop).go()
+
+
+class _Run:
+    """One start of a run. The phases are methods, in the order in which `go` calls them."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        abstract: TrainState,
+        directory: RunDirectory,
+        progress: Progress,
+        stop: StopRequest,
+    ):
+        self.config, self.mesh, self.abstract = config, mesh, abstract
+        self.directory, self.progress, self.stop = directory, progress, stop
+        self.say = progress.say
+        self.started = time.monotonic()
+
+    def go(self) -> None:
+        self.agree_with_directory()
+        self.open_data()
+        first, state = self.restore_or_draw()
+        self.summaries = Summaries(self.directory, first_step=first, report=self.say)
+        self.compile()
+        try:
+            state = self.steps(first, state)
+            self.finish(state)
+        finally:
+            self.checkpoints.close()
+            self.summaries.close()
+
+    # 1. The run directory
+
+    def agree_with_directory(self) -> None:
+        found = [c.step for c in list_checkpoints(self.directory.checkpoints) if c.problem is None]
+        if found and is_run(self.directory.path):
+            saved = configs.load(str(self.directory.path), Config)
+            refuse_if_changed(saved, self.config, done=max(found))
+            if max(found) > self.config.train.steps:
+                raise ConfigError(
+                    f"{self.directory.path} has {max(found)} steps done, more than --train.steps "
+                    f"{self.config.train.steps}; choose another --run.dir"
+                )
+
+    # 2. The data
+
+    def open_data(self) -> None:
+        config, length = self.config, self.config.train.sequence_length
+        manifest = build(config.data, config.data_dir, self.say)
+        self.fingerprint = manifest.fingerprint
+        size, seed = config.train.batch_size, config.run.seed
+        self.batches = Batches(config.data_dir, "train", size, length, seed)
+        self.held_out = (
+            Evaluation(config.data_dir, "heldout", size, length) if manifest.tokens("heldout") else None
+        )
+        self.tokenizer = read_tokenizer(config.data_dir, manifest)
+        if self.tokenizer.vocab_size != config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size is {config.model.vocab_size}, but the tokenizer in {config.data_dir} has "
+                f"{self.tokenizer.vocab_size} ids: write --model.vocab_size {self.tokenizer.vocab_size}"
+            )
+
+    # 3. The state
+
+    def restore_or_draw(self) -> tuple[int, TrainState]:
+        config = self.config
+        attachments = {
+            "config.json": configs.to_json(config).encode(),
+            self.tokenizer.file_name: self.tokenizer.serialize(),
+            FINGERPRINT: self.fingerprint.encode(),
+        }
+        self.checkpoints = Checkpoints(self.directory.checkpoints, config.checkpoint, attachments, self.say)
+        restored = self.checkpoints.restore_newest(self.abstract)
+        if restored is None:
+            draw = jax.jit(
+                lambda key: init_state(config, key),
+                out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract),
+            )
+            first, state = 0, draw(jax.random.key(config.run.seed))
+        else:
+            first, state = restored
+            trained_on = read_attachment(self.directory.checkpoints, first, FINGERPRINT).decode()
+            if trained_on != self.fingerprint:
+                raise ConfigError(
+                    f"checkpoint {first} was trained on other data than {config.data_dir} holds now "
+                    f"(fingerprints {trained_on[:12]} and {self.fingerprint[:12]}); for a new run, choose "
+                    "another --run.dir"
+                )
+            self.say(f"goes on from checkpoint {first}")
+        write_atomically(self.directory.config, attachments["config.json"])
+        return first, state
+
+    def compile(self) -> None:
+        """Compiles the two programs of the run, so that no later step can be compiled by surprise."""
+        config, start = self.config, time.monotonic()
+        sharding = batch_sharding(self.mesh)
+        example = self.batches.batch(0)
+        batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for k, v in example.items()}
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
+        self.train_step = step.lower(self.abstract, batch).compile()
+        self.eval_step = jax.jit(make_eval_step(config)).lower(self.abstract.params, batch).compile()
+        self.summaries.config(configs.to_json(config))
+        flops = flops_per_token(config.model, config.train.sequence_length)
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self.meter = Meter(
+            tokens_per_step=config.train.batch_size * config.train.sequence_length,
+            flops_per_token=flops.causal,
+            peak_flops=None if peak is None else peak * self.mesh.size,
+        )
+        tokens = self.batches.stream.tokens
+        self.say(
+            f"{human_count(parameter_count(config.model))} parameters, {human_count(flops.causal)}FLOP/token "
+            f"(causal), {human_count(tokens)} training tokens, "
+            f"{self.meter.tokens_per_step * config.train.steps / tokens:.2f} epochs; "
+            f"{self.mesh.size} x {jax.devices()[0].device_kind}; "
+            f"compiled in {human_seconds(time.monotonic() - start)}, "
+            f"ready after {human_seconds(time.monotonic() - self.started)}"
+        )
+
+    # 4. The steps
+
+    def steps(self, first: int, state: TrainState) -> TrainState:
+        last = self.config.train.steps
+        self.stop.deferred = True
+        with self.batches.loader(first, last) as loader:
+            state, done = self.run_steps(first, state, loader)
+        if done > first or first == 0:
+            self.checkpoints.save(state, done, wait=True)
+            self.checkpoints.wait()
+        if done < last:
+            if self.checkpoints.last_good != done:
+                raise StorageError(
+                    f"stopped by {self.stop.received}, and step {done} could not be saved: see above"
+                )
+            raise Stopped(
+                f"stopped by {self.stop.received}: {done} of {last} steps are done and saved; "
+                f"`lm train {self.directory.path}` goes on from there"
+            )
+        return state
+
+    def run_steps(self, first: int, state: TrainState, loader: Loader) -> tuple[TrainState, int]:
+        config, last = self.config, self.config.train.steps
+        batch = self.put(next(loader)[1]) if first < last else None
+        before: tuple[int, Metrics, dict[str, float]] | None = None
+        self.meter.start(first)
+        for k in range(first, last):
+            if self.stop.received:
+                last = k
+                break
+            extra = self.evaluate(state, k) if self.is_due(config.eval.every, k) else {}
+            state, metrics = self.train_step(state, batch)
+            if k + 1 < last:  # the next batch is on its way to the devices while they compute
+                with self.meter.waiting():
+                    coming = next(loader)[1]
+                batch = self.put(coming)
+            if before is not None:
+                self.log(*before)
+            before = (k, metrics, extra)
+            if self.is_due(config.checkpoint.every, k + 1) and k + 1 < last:
+                self.log(*before)
+                before = None
+                with self.meter.paused():
+                    self.checkpoints.save(state, k + 1)
+        if before is not None:
+            self.log(*before)
+        return state, last
+
+    def is_due(self, every: int, done: int) -> bool:
+        return every > 0 and done > 0 and done % every == 0
+
+    def put(self, batch: dict[str, np.ndarray]) -> Batch:
+        return jax.device_put(batch, batch_sharding(self.mesh))
+
+    def log(self, k: int, metrics: Metrics, extra: dict[str, float]) -> None:
+        """Reads the metrics of step k, which the devices have finished by now or soon will have."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        streak = int(values.pop("bad_streak"))
+        if streak:
+            self.say(f"step {k}: loss or gradient not finite, not applied ({streak} in a row)")
+        if streak >= self.config.train.max_bad_steps:
+            raise DivergedError(
+                f"diverged: {streak} steps in a row were not finite, the last one step {k}; none of them was "
+                f"applied. Checkpoints in {self.directory.checkpoints} are from before; a lower "
+                "--optim.learning_rate in a new --run.dir may help"
+            )
+        values |= extra
+        if k % self.config.log.every == 0 or k == self.config.train.steps - 1 or extra or streak:
+            values |= self.meter.read(k)
+            self.summaries.scalars(k, values)
+        self.progress.update(k + 1, values | self.meter.latest)
+
+    def evaluate(self, state: TrainState, k: int) -> dict[str, float]:
+        """Held-out loss and a sample with k steps done."""
+        if self.held_out is None:
+            return {}
+        with self.meter.paused():
+            count = len(self.held_out)
+            wanted = min(self.config.eval.batches or count, count)
+            result = self.held_out_on(state, [int(i) for i in np.linspace(0, count - 1, wanted).round()])
+            self.say(f"step {k}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte")
+            self.sample(state, k)
+        return {"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte}
+
+    def held_out_on(self, state: TrainState, which: list[int]) -> HeldOut:
+        assert self.held_out is not None
+        batches = (self.put(self.held_out.batch(i)) for i in which)
+        return held_out_loss(self.eval_step, state.params, batches)
+
+    def sample(self, state: TrainState, k: int) -> str:
+        text = sample_text(self.config, state.params, self.tokenizer) if self.config.sample.tokens else ""
+        if text:
+            self.summaries.text(k, "sample", verbatim(text))
+        return text
+
+    # 5. The end
+
+    def finish(self, state: TrainState) -> None:
+        steps = self.config.train.steps
+        if self.checkpoints.last_good != steps:
+            raise StorageError(
+                f"all {steps} steps are done, but the last state could not be saved: see above"
+            )
+        if self.held_out is not None:
+            result = self.held_out_on(state, list(range(len(self.held_out))))
+            self.summaries.scalars(
+                steps, {"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte}
+            )
+            self.say(
+                f"held-out: {result.bits_per_byte:.4f} bits per byte, loss {result.loss:.4f} nats per token, "
+                f"perplexity {result.perplexity:.2f}, over {human_count(result.bytes)} bytes never trained on"
+            )
+        text = self.sample(state, steps)
+        if text:
+            self.say("sample:\n" + "\n".join("    " + line for line in text.splitlines()))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.say(
+            f"all {steps} steps are done, in {self.directory.path} "
+            f"({human_seconds(time.monotonic() - self.started)}, peak memory of this process {human_count(peak)}B)\n"
+            "next:\n"
+            f"    tensorboard --logdir {self.directory.path}\n"
+            f"    lm generate {self.directory.path} --prompt 'def '\n"
+            f"    lm eval {self.directory.path}\n"
+            f"    lm train {self.directory.path}    # goes on where a stopped run was, bit for bit"
+        )

@@ -1,0 +1,42 @@
+"""Whether a run directory may be continued with the config at hand."""
+
+from lm.config import Difference, diff, format_diff
+from lm.errors import ConfigError
+from lm.experiment import Config
+from lm.optim.schedules import learning_rate
+
+
+def refuse_if_changed(saved: Config, config: Config, *, done: int) -> None:
+    """Raises ConfigError, with the differences, when continuing after `done` steps would be another run.
+
+    What is marked free in the config may change. So may the number of steps and the schedule where the learning
+    rate of the steps already done would have been the same.
+    """
+    if done == 0:
+        return
+    differences = [d for d in diff(saved, config) if not d.free]
+    schedule = [d for d in differences if _is_schedule(d)]
+    if schedule and _same_rates(saved, config, done):
+        differences = [d for d in differences if not _is_schedule(d)]
+    if differences:
+        raise ConfigError(
+            f"{config.run.dir} holds a run with {done} steps done and another config:\n"
+            f"{format_diff(differences)}\n"
+            "to go on with it, take the values it was started with; for a new run, choose another --run.dir"
+        )
+
+
+def _is_schedule(difference: Difference) -> bool:
+    return difference.key == "train.steps" or difference.key in {
+        f"optim.{name}" for name in ("schedule", "warmup_steps", "decay_steps", "final_fraction")
+    }
+
+
+def _same_rates(saved: Config, config: Config, done: int) -> bool:
+    before, after = (
+        learning_rate(saved.optim, saved.train.steps),
+        learning_rate(config.optim, config.train.steps),
+    )
+    # Schedules are made of a few pieces: a thousand samples and the last step tell them apart.
+    steps = {*range(0, done, max(done // 1000, 1)), done - 1}
+    return all(float(before(step)) == float(after(step)) for step in steps)

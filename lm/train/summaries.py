@@ -1,0 +1,201 @@
+"""What a run logs: `metrics.jsonl` for programs, TensorBoard event files for people.
+
+Event files (TFRecords of `Event` protos) are written with tensorboard's own record writer, without
+TensorFlow. Both files get each step in one write call, without a buffer or a thread: it is in the kernel's
+hands when the call returns, so a killed run loses nothing, and TensorBoard shows it at once.
+"""
+
+import json
+import math
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.text import summary_v2 as text_plugin
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from lm.errors import StorageError
+from lm.train.run_directory import AppendOnlyFile, RunDirectory
+
+# Name in metrics.jsonl -> tag in TensorBoard, which shows one section for each first part, by alphabet.
+# A name that is not here is shown as it is if it has a "/", else under other/.
+TAGS = {
+    "loss": "train/loss",
+    "bits_per_byte": "train/bits_per_byte",
+    "z_loss": "train/z_loss",
+    "tokens": "train/tokens",
+    "epoch": "train/epoch",
+    "skipped_steps": "train/skipped_steps",
+    "heldout_loss": "heldout/loss",
+    "heldout_bits_per_byte": "heldout/bits_per_byte",
+    "learning_rate": "optimizer/learning_rate",
+    "grad_norm": "optimizer/grad_norm",
+    "param_norm": "optimizer/param_norm",
+    "update_norm": "optimizer/update_norm",
+    "tokens_per_second": "speed/tokens_per_second",
+    "model_flops_per_second": "speed/model_flops_per_second",
+    "mfu": "speed/mfu",
+    "step_seconds": "speed/step_seconds",
+    "input_wait_seconds": "speed/input_wait_seconds",
+}
+
+
+class Summaries:
+    """Writes the logged values of a run that starts, or goes on, after `first_step` finished steps.
+
+    What an earlier start of the run logged beyond `first_step` is undone, as those steps are run again:
+    metrics.jsonl and the event files are cut there, and a TensorBoard that has them in memory is told to
+    forget them. `first_step` 0 begins anew.
+
+    Once training goes on, failing storage never raises: it is told to `report` once per file.
+
+    Raises:
+      StorageError: what earlier starts logged cannot be read.
+    """
+
+    def __init__(self, run: RunDirectory, *, first_step: int, report: Callable[[str], None]):
+        self._begin = self._next_step = first_step + 1 if first_step else 0
+        earlier = list(run.tensorboard.glob("events.out.tfevents.*"))
+        _cut(run.metrics, _lines_before, self._begin, report)
+        for file in earlier:
+            _cut(file, _events_before, self._begin, report)
+        self._metrics = AppendOnlyFile(run.metrics, report)
+        self._events = AppendOnlyFile(run.tensorboard / _event_file_name(earlier), report)
+        self._records = RecordWriter(_Records(self._events))
+        self._add_event(step=0, file_version="brain.Event:2")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add_event(step=self._begin, session_log=start)
+
+    def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Logs everything known of one step: one call, and so one line of metrics.jsonl, per step.
+
+        Numbers (NumPy and JAX scalars too) are written so that they read back exactly: a float32 as the
+        double of equal value. JSON has no words for non-finite numbers; they are the strings "NaN",
+        "Infinity" and "-Infinity", which Python's `float` and pandas read. TensorBoard gets float32.
+
+        Raises:
+          ValueError: `step` is not later than the last one logged.
+        """
+        if step < self._next_step:
+            raise ValueError(f"step {step} is logged already: the next can be {self._next_step}")
+        self._next_step = step + 1
+        plain = {name: _plain(value) for name, value in values.items()}
+        line = {"step": int(step)} | {name: _json_number(value) for name, value in plain.items()}
+        self._metrics.append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        summary = summary_pb2.Summary()
+        for name, value in plain.items():
+            # 20 times cheaper to build than the tensor form, which TensorBoard makes of it when it reads.
+            summary.value.add(tag=_tag(name), simple_value=value)
+        self._add_event(step=step, summary=summary)
+
+    def text(self, step: int, tag: str, markdown: str) -> None:
+        """Shows a text in TensorBoard, rendered as markdown: see `verbatim` for text that is not."""
+        utf8 = markdown.encode(errors="replace").decode()
+        self._add_event(step=step, summary=text_plugin.text_pb(tag, utf8))
+
+    def config(self, resolved: str) -> None:
+        """Shows the config that this start of the run uses, as it is saved in config.json."""
+        self.text(self._begin, "config", verbatim(resolved))
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+
+    def _add_event(self, **fields: Any) -> None:
+        self._records.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
+
+
+def verbatim(text: str) -> str:
+    """Markdown that shows `text` as it is: line by line, with nothing in it read as markup."""
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+class _Records:
+    """The part of a file that RecordWriter needs."""
+
+    def __init__(self, file: AppendOnlyFile):
+        self.write = file.append
+
+
+def _tag(name: str) -> str:
+    return TAGS.get(name, name if "/" in name else f"other/{name}")
+
+
+def _plain(value: Any) -> float | int:
+    return value.item() if hasattr(value, "item") else value
+
+
+def _json_number(value: float | int) -> float | int | str:
+    if isinstance(value, int) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _cut(
+    path: epath.Path,
+    size_before: Callable[[bytes, int], int],
+    step: int,
+    report: Callable[[str], None],
+) -> None:
+    try:
+        contents = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise StorageError(f"cannot read what the run logged before, in {path}: {error}") from error
+    size = size_before(contents, step)
+    if size < len(contents):
+        file = AppendOnlyFile(path, report)
+        file.truncate(size)
+        file.close()
+
+
+def _lines_before(contents: bytes, step: int) -> int:
+    """Bytes up to the first line of `step` or later, or to a tail torn by a crash."""
+    position = size = 0
+    for line in contents.splitlines(keepends=True):
+        position += len(line)
+        logged = _step_of(line)
+        if logged is not None and logged >= step:
+            break
+        if logged is not None:  # a line that cannot be read stays if a good one follows
+            size = position
+    return size
+
+
+def _events_before(contents: bytes, step: int) -> int:
+    """Bytes up to the first summary of `step` or later, or to a tail torn by a crash.
+
+    A record is its length (8 bytes), a checksum (4), an `Event`, and a checksum (4).
+    """
+    position = 0
+    while position + 12 <= len(contents):
+        [length] = struct.unpack_from("<Q", contents, position)
+        end = position + 12 + length + 4
+        if end > len(contents):
+            break
+        event = event_pb2.Event.FromString(contents[position + 12 : end - 4])
+        if event.HasField("summary") and event.step >= step:
+            break
+        position = end
+    return position
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _event_file_name(earlier: Sequence[epath.Path]) -> str:
+    """TensorBoard reads event files in the order of their names, which begin with a time.
+
+    That time must grow even when the clock does not: two starts in one second, or a clock set back.
+    """
+    times = [file.name.split(".")[3] for file in earlier]
+    begin = max([int(time.time())] + [int(number) + 1 for number in times if number.isdecimal()])
+    return f"events.out.tfevents.{begin:010d}.{socket.gethostname()}.{os.getpid()}"
