@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lm.errors import LmError
+from lm.errors import ConfigError, DataError, LmError
 
 if TYPE_CHECKING:
     from lm.experiment import Config
@@ -165,6 +165,7 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     from lm.generate.command import run
+    from lm.generate.generate import Generator
     from lm.generate.sampling import Sampling
     from lm.train.load import load_trained
 
@@ -177,16 +178,25 @@ def _generate(options: argparse.Namespace) -> None:
     )
     trained = load_trained(options.trained, step=options.step)
     run(
-        trained.config.model,
-        trained.params,
-        trained.tokenizer,
-        prompts=options.prompt,
-        prompt_file=options.prompt_file,
+        Generator(trained.config.model, trained.params, trained.tokenizer),
+        _prompts(options),
         max_tokens=options.max_tokens,
         sampling=sampling,
         stop=options.stop,
         threshold=options.threshold if options.scores else None,
     )
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    if options.prompt_file is None:
+        return options.prompt or [""]
+    try:
+        if options.prompt_file == "-":
+            return [*options.prompt, sys.stdin.read()]
+        with open(options.prompt_file, encoding="utf-8") as file:
+            return [*options.prompt, file.read()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the prompt in {options.prompt_file}: {error}") from error
 
 
 def _config_show(options: argparse.Namespace) -> None:
@@ -220,12 +230,15 @@ def _data_build(options: argparse.Namespace) -> None:
 
 def _data_show(options: argparse.Namespace) -> None:
     from lm.data.batches import Batches
+    from lm.data.manifest import read_tokenizer
     from lm.data.show import show
 
     config = _load(options)
+    if options.step < 0:
+        raise ConfigError(f"--step must be at least 0, got {options.step}")
     size, length = config.train.batch_size, config.train.sequence_length
     batches = Batches(config.data_dir, "train", size, length, config.run.seed)
-    for line in show(batches, options.step):
+    for line in show(batches, read_tokenizer(config.data_dir), options.step):
         print(line)
 
 
@@ -234,8 +247,6 @@ def _checkpoint_list(options: argparse.Namespace) -> None:
     from lm.train.run_directory import RunDirectory, is_run
 
     if not is_run(options.trained):
-        from lm.errors import ConfigError
-
         raise ConfigError(f"{options.trained} is not a run, it has no config.json")
     for info in list_checkpoints(RunDirectory(options.trained).checkpoints):
         print(f"{info.step:>10}  {info.digest or 'bad: ' + str(info.problem)}")

@@ -37,8 +37,8 @@ class Batches:
         positions  int32 [B, S]    from 0 in each document, and from 0 at the start of the row
         loss_mask  float32 [B, S]  1 where the target continues the document of the token, else 0
         bytes      int32 [B]       bytes of text that the targets in the mask stand for
-    Each token but the first of a document is a target exactly once in an epoch, except that one at the
-    start of a row may continue a document of which the row before held the beginning.
+    Each token is a target exactly once in an epoch; where it begins a document it is masked. Not for
+    use by several threads at once: make one for each.
     """
 
     def __init__(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import hashlib
 import json
 import multiprocessing
 import os
@@ -37,15 +36,12 @@ from lm.data.manifest import (
     read_manifest,
     token_dtype,
 )
-from lm.data.records import FORMAT, Shard, ShardWriter
-from lm.data.sources import Document, File, Piece
+from lm.data.plan import PLAN, Plan, compare, divide, part_bytes, part_file, read_plan, settings_of
+from lm.data.records import Shard, ShardWriter
+from lm.data.sources import Piece
+from lm.data.splits import Tally, holdout_below, split_pieces, text_hash
 from lm.data.tokenizers import FILE_NAMES, Tokenizer, chunks, load_tokenizer, train_sentencepiece
-from lm.errors import DataError, StorageError
-
-PLAN = "plan.json"
-
-MIN_PART_BYTES = 4 << 20
-MAX_PART_BYTES = 64 << 20
+from lm.errors import DataError
 
 _BATCH_BYTES = 4 << 20  # of text that is in memory at once in each process, whatever the input
 _SAMPLE_CHARACTERS = 4096
@@ -63,54 +59,38 @@ def build(config: DataConfig, directory: epath.PathLike, progress: Callable[[str
     """
     folder = epath.Path(directory)
     complete = (folder / FILE).exists()
+    stored = read_plan(folder)
+    settings = settings_of(config)
     try:
         listed = sources.list_files(config.paths, config.holdout_paths)
     except DataError:
         if not complete or any(sources.present(p) for p in config.paths + config.holdout_paths):
             raise
-        _compare(folder, _settings(config), None)
+        compare(folder, stored, settings, None)
         progress("the sources are not here; using the data as built")
         return read_manifest(folder)
-    limit = min(max(sum(file.size for file in listed) // 16, MIN_PART_BYTES), MAX_PART_BYTES)
-    plan = Plan(_settings(config), limit, _parts(listed, limit))
-    if (folder / PLAN).exists():
-        plan = dataclasses.replace(plan, holdout_below=_compare(folder, plan.settings, plan))
+    limit = stored["part_bytes"] if stored else part_bytes(listed)
+    parts = divide(listed, limit)
+    if stored:
+        plan = Plan(settings, limit, parts, stored["holdout_below"])
+        compare(folder, stored, settings, plan)
     else:
-        plan = dataclasses.replace(plan, holdout_below=_holdout_below(config, plan.parts))
-        _write(folder / PLAN, plan.to_dict())
+        plan = Plan(settings, limit, parts, holdout_below(config, parts))
+    if plan.to_dict() != stored:
+        files.write_json(folder / PLAN, plan.to_dict())
     tokenizer = _tokenizer(config, folder, plan, progress)
     if complete:
         return read_manifest(folder)
     _build_parts(config, folder, plan, tokenizer, progress)
+    for abandoned in folder.glob("*.tmp"):  # by builds that were killed
+        abandoned.unlink(missing_ok=True)
     manifest = _collect(config, folder, plan, tokenizer)
-    _write(folder / FILE, manifest.to_json())
+    files.write_json(folder / FILE, manifest.to_dict())
     progress(
         f"built {folder}: {manifest.tokens('train'):,} tokens to train on, "
         f"{manifest.tokens('heldout'):,} held out, vocabulary {tokenizer.vocab_size}"
     )
     return manifest
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is built: everything that decides the result. Documents with smaller hashes are held out."""
-
-    settings: dict[str, Any]
-    part_bytes: int
-    parts: list[list[Piece]]
-    holdout_below: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "settings": self.settings,
-            "part_bytes": self.part_bytes,
-            "holdout_below": self.holdout_below,
-            "files": {f.name: [f.size, f.modified, f.heldout] for f in self.files().values()},
-        }
-
-    def files(self) -> dict[str, File]:
-        return {piece.file.name: piece.file for part in self.parts for piece in part}
 
 
 @dataclass(frozen=True)
@@ -131,7 +111,7 @@ def build_part(job: Job) -> dict[str, Any]:
     dtype = token_dtype(tokenizer.vocab_size)
     writers: dict[str, ShardWriter] = {}
     tally = Tally()
-    for batch in _batched(_split_pieces(job.pieces, job.config, job.holdout_below, tally)):
+    for batch in _batched(split_pieces(job.pieces, job.config, job.holdout_below, tally)):
         encoded = tokenizer.encode_batch([text for _, _, text, _ in batch])
         for (split, source, _, size), ids in zip(batch, encoded, strict=True):
             if split not in writers:
@@ -144,91 +124,8 @@ def build_part(job: Job) -> dict[str, Any]:
         "sources": {name: {**tally.counts[name], "skipped": tally.skipped[name]} for name in tally.counts},
         "hashes": tally.hashes,
     }
-    _write(_part_file(folder, job.index), record)
+    files.write_json(part_file(folder, job.index), record)
     return record
-
-
-@dataclass
-class Tally:
-    """What was read: documents by source, what was left out, and the hash of each piece."""
-
-    counts: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
-    skipped: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
-    hashes: list[str] = dataclasses.field(default_factory=list)
-
-
-def _split_pieces(
-    pieces: Iterable[Piece], config: DataConfig, holdout_below: int, tally: Tally
-) -> Iterator[tuple[str, str, str, int]]:
-    """(split, source, text, bytes of text) of every document, or of both ends of it."""
-    for piece in pieces:
-        source = piece.file.source
-        count = tally.counts.setdefault(source, Counter())
-        skipped = tally.skipped.setdefault(source, Counter())
-        digest = hashlib.sha256()
-        for document in sources.documents(piece, config.text_field, skipped, digest):
-            count["documents"] += 1
-            for split, text, size in _split(document, piece, config, holdout_below):
-                count["heldout_documents"] += split == "heldout"
-                yield split, source, text, size
-        tally.hashes.append(digest.hexdigest())
-
-
-def _split(
-    document: Document, piece: Piece, config: DataConfig, holdout_below: int
-) -> list[tuple[str, str, int]]:
-    size = len(document.raw)
-    if config.holdout_paths:
-        return [("heldout" if piece.file.heldout else "train", document.text, size)]
-    if config.holdout_by == "document":
-        heldout = _hash(document.raw) < holdout_below
-        return [("heldout" if heldout else "train", document.text, size)]
-    middle = int((1 - config.holdout_fraction) * size)
-    while middle < size and document.raw[middle] & 0xC0 == 0x80:  # inside a character
-        middle -= 1
-    ends = [("train", document.raw[:middle]), ("heldout", document.raw[middle:])]
-    return [(split, raw.decode(), len(raw)) for split, raw in ends if raw]
-
-
-def _hash(raw: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big")
-
-
-def _holdout_below(config: DataConfig, parts: list[list[Piece]]) -> int:
-    """The hash below which documents are held out; at least one is, however few there are."""
-    if config.holdout_paths or config.holdout_by == "tail" or config.holdout_fraction == 0:
-        return 0
-    wanted = int(config.holdout_fraction * 2**64)
-    smallest, largest = 2**64, -1
-    for part in parts:
-        for piece in part:
-            for document in sources.documents(piece, config.text_field, Counter()):
-                value = _hash(document.raw)
-                if value < wanted:
-                    return wanted
-                smallest, largest = min(smallest, value), max(largest, value)
-    if largest < 0:
-        raise DataError(f"data.paths: no document with text in {', '.join(config.paths)}")
-    if smallest == largest:
-        raise DataError(
-            "data.holdout_fraction: there is only one document, so none can be held out; set "
-            "data.holdout_by to 'tail' to hold out its end, or name other files in data.holdout_paths"
-        )
-    return smallest + 1
-
-
-def _parts(listed: list[File], limit: int) -> list[list[Piece]]:
-    parts: list[list[Piece]] = [[]]
-    size = 0
-    for file in listed:
-        for piece in sources.cut(file, limit):
-            length = piece.stop - piece.start
-            if parts[-1] and size + length > limit:
-                parts.append([])
-                size = 0
-            parts[-1].append(piece)
-            size += length
-    return parts
 
 
 def _tokenizer(
@@ -257,7 +154,7 @@ def _tokenizer(
                 "choose another data.dir or delete that directory"
             )
     if stored is None:
-        _write(path, tokenizer.serialize())
+        files.write_atomically(path, tokenizer.serialize())
     return tokenizer
 
 
@@ -270,12 +167,12 @@ def _sample(config: DataConfig, plan: Plan) -> Iterator[str]:
     below = int(min(1.0, max(share, 1 / 16)) * 2**64)
     for part in plan.parts:
         left = share * sum(piece.stop - piece.start for piece in part)
-        for split, _, text, _ in _split_pieces(part, config, plan.holdout_below, Tally()):
+        for split, _, text, _ in split_pieces(part, config, plan.holdout_below, Tally()):
             if left <= 0 and share < 1:
                 break
             for stretch in chunks(text, _SAMPLE_CHARACTERS) if split == "train" else ():
                 raw = stretch.encode()
-                if share >= 1 or _hash(raw) < below:
+                if share >= 1 or text_hash(raw) < below:
                     left -= len(raw)
                     yield stretch
 
@@ -286,7 +183,7 @@ def _build_parts(
     jobs = [
         Job(config, os.fspath(folder), index, pieces, plan.holdout_below)
         for index, pieces in enumerate(plan.parts)
-        if not _part_file(folder, index).exists()
+        if not part_file(folder, index).exists()
     ]
     if len(jobs) < len(plan.parts):
         progress(f"{len(plan.parts) - len(jobs)} of {len(plan.parts)} parts are there; going on")
@@ -345,7 +242,7 @@ def _collect(config: DataConfig, folder: epath.Path, plan: Plan, tokenizer: Toke
     counts: dict[str, Counter[str]] = {}
     skipped: dict[str, Counter[str]] = {}
     for index in range(len(plan.parts)):
-        record = json.loads(_part_file(folder, index).read_text())
+        record = json.loads(part_file(folder, index).read_text())
         for split, shard in record["shards"].items():
             splits[split].append(Shard(**shard))
         for source, count in record["sources"].items():
@@ -363,71 +260,6 @@ def _collect(config: DataConfig, folder: epath.Path, plan: Plan, tokenizer: Toke
     )
 
 
-def _settings(config: DataConfig) -> dict[str, Any]:
-    """The config without what only says where files are or how fast they are built."""
-    settings = dataclasses.asdict(config)
-    for key in ("paths", "dir", "workers"):
-        del settings[key]
-    return json.loads(json.dumps(settings))
-
-
-def _compare(folder: epath.Path, settings: dict[str, Any], plan: Plan | None) -> int:
-    """The `holdout_below` of the directory. Raises DataError if it was built from something else."""
-    try:
-        stored = json.loads((folder / PLAN).read_text())
-        before = stored["settings"]
-        different = [
-            f"data.{key}: built with {before.get(key)!r}, now {settings.get(key)!r}"
-            for key in sorted(before.keys() | settings.keys())
-            if before.get(key) != settings.get(key)
-        ]
-        if stored["format"] != FORMAT:
-            different.append(f"format {stored['format']}, this version writes {FORMAT}")
-        if plan is not None:
-            different += _file_differences(folder, stored, plan)
-        below = int(stored["holdout_below"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{folder / PLAN}: unreadable ({error!r}); delete the directory to build again"
-        ) from None
-    if different:
-        more = [f"and {len(different) - 5} more"] if len(different) > 5 else []
-        raise DataError(
-            f"{folder} holds data built from something else:\n  "
-            + "\n  ".join(different[:5] + more)
-            + "\nchoose another data.dir, or delete that directory to build again"
-        )
-    if plan is not None and stored["files"] != plan.to_dict()["files"]:
-        _write(folder / PLAN, plan.to_dict() | {"holdout_below": below})  # the new times, to look only once
-    return below
-
-
-def _file_differences(folder: epath.Path, stored: dict[str, Any], plan: Plan) -> Iterator[str]:
-    before, now = stored["files"], plan.to_dict()["files"]
-    if stored["part_bytes"] != plan.part_bytes:
-        yield f"parts of {stored['part_bytes']} bytes, now {plan.part_bytes}"
-    touched = set()
-    for name in sorted(before.keys() | now.keys()):
-        if name not in now:
-            yield f"{name}: gone"
-        elif name not in before:
-            yield f"{name}: new"
-        elif before[name][0] != now[name][0]:
-            yield f"{name}: {before[name][0]} bytes before, now {now[name][0]}"
-        elif before[name][2] != now[name][2]:
-            yield f"{name}: moved between training and held-out"
-        elif before[name][1] != now[name][1]:
-            touched.add(name)
-    # A file with a new time may still be the same (a fresh copy or checkout): look at what is in it.
-    for index, part in enumerate(plan.parts if touched else []):
-        record = _part_file(folder, index)
-        if not touched.intersection(piece.file.name for piece in part) or not record.exists():
-            continue
-        for piece, digest in zip(part, json.loads(record.read_text())["hashes"], strict=False):
-            if piece.file.name in touched and sources.content_hash(piece) != digest:
-                yield f"{piece.file.name}: other content, of the same size"
-
-
 def _batched(texts: Iterable[tuple[str, str, str, int]]) -> Iterator[list[tuple[str, str, str, int]]]:
     batch, size = [], 0
     for item in texts:
@@ -443,17 +275,3 @@ def _batched(texts: Iterable[tuple[str, str, str, int]]) -> Iterator[list[tuple[
 @functools.lru_cache(maxsize=1)
 def _loaded(kind: str, path: epath.Path) -> Tokenizer:
     return load_tokenizer(kind, path)
-
-
-def _part_file(folder: epath.Path, index: int) -> epath.Path:
-    return folder / f"part-{index:05d}.json"
-
-
-def _write(path: epath.Path, content: bytes | str | dict[str, Any]) -> None:
-    if isinstance(content, dict):
-        content = json.dumps(content, indent=1) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(path, content if isinstance(content, bytes) else content.encode())
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None

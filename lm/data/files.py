@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from etils import epath
+
+from lm.errors import StorageError
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -16,16 +20,26 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def write_atomically(path: epath.Path, data: bytes) -> None:
-    """Writes a small file so that a reader, also after a crash, sees all of it or nothing."""
-    if is_remote(path):
-        path.write_bytes(data)  # an object appears when its upload is complete
-        return
-    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Writes a small file so that a reader, also after a crash, sees all of it or nothing.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_remote(path):
+            path.write_bytes(data)  # an object appears when its upload is complete
+            return
+        temporary = temporary_for(path)
+        temporary.write_bytes(data)
+        publish(temporary, path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def write_json(path: epath.Path, content: dict[str, Any]) -> None:
+    """Like `write_atomically`, as JSON."""
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def temporary_for(path: epath.Path) -> Path:

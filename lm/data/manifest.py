@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -61,7 +62,7 @@ class Manifest:
     def text_bytes(self, split: str) -> int:
         return sum(shard.text_bytes for shard in self.splits[split])
 
-    def to_json(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
         totals = {
             split: {
                 "tokens": self.tokens(split),
@@ -71,7 +72,7 @@ class Manifest:
             for split in SPLITS
         }
         fields = {"format": FORMAT, "fingerprint": self.fingerprint, "totals": totals}
-        return json.dumps(fields | dataclasses.asdict(self), indent=1) + "\n"
+        return fields | dataclasses.asdict(self)
 
 
 def read_manifest(directory: epath.PathLike) -> Manifest:

@@ -123,8 +123,10 @@ class ShardReader:
             count = self._file.num_records()
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path}: cannot be opened: {error}") from None
-        if count != shard.records:
-            raise DataError(f"{path}: holds {count} records instead of {shard.records}; build the data again")
+        if count != shard.records:  # also when there is no file: the library then finds none
+            raise DataError(
+                f"{path}: missing or damaged ({count} records instead of {shard.records}); build the data again"
+            )
 
     def read(self, index: int) -> Record:
         """Raises DataError naming shard and record if it does not hold what was written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -32,7 +33,7 @@ def show(batches: Batches, tokenizer: Tokenizer, step: int, rows: slice = ALL_RO
             document = batches.stream.document((place + first) % size)
             span = f"columns {first}–{last}, {int(mask[row, inside].sum())} trained"
             yield f"   segment {segment}: document {document:,}, {span}"
-            yield from _text(batch, row, first, last, tokenizer).splitlines()
+            yield from _printable(_text(batch, row, first, last, tokenizer)).split("\n")
 
 
 def _text(batch: Batch, row: int, first: int, last: int, tokenizer: Tokenizer) -> str:
@@ -49,6 +50,11 @@ def _text(batch: Batch, row: int, first: int, last: int, tokenizer: Tokenizer) -
             parts.append(text if trained[begin] else f"{_OPEN}{text}{_CLOSE}")
             begin = end
     return "".join(parts)
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which could do anything to a terminal."""
+    return re.sub("[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

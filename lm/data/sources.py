@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import stat
 import sysconfig
 import zlib
 from collections import Counter
@@ -73,10 +74,9 @@ def list_files(paths: Iterable[str], holdout_paths: Iterable[str] = ()) -> list[
     """
     found: dict[str, File] = {}
     for entry, heldout in [(p, True) for p in holdout_paths] + [(p, False) for p in paths]:
-        files = [(STDLIB + "/" + relative, path) for relative, path in _stdlib()] if entry == STDLIB else None
-        for name, path in files if files is not None else _expand(entry):
+        for name, path in _stdlib() if entry == STDLIB else _expand(entry):
             if path not in found:
-                size, modified = _stat(path)
+                size, modified = _stat(name, path)
                 found[path] = File(entry, name, path, size, modified, heldout)
     return sorted(found.values(), key=lambda file: (file.heldout, file.name))
 
@@ -146,20 +146,25 @@ def content_hash(piece: Piece) -> str:
 
 
 def _stdlib() -> Iterator[tuple[str, str]]:
+    """(name, path) of the modules of the running interpreter's library."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "__pycache__"}
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - left_out)
         for name in sorted(names):
-            if name.endswith(".py"):
-                path = Path(folder) / name
-                yield path.relative_to(root).as_posix(), str(path)
+            path = Path(folder) / name
+            if name.endswith(".py") and path.is_file():  # distributions leave links to what is not installed
+                yield f"{STDLIB}/{path.relative_to(root).as_posix()}", str(path)
 
 
 def _expand(entry: str) -> Iterator[tuple[str, str]]:
     """(name, path) of the files that an entry of `data.paths` stands for."""
     path = epath.Path(entry).expanduser()
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except ImportError as error:  # of what reads this kind of bucket
+        raise DataError(f"data.paths: {entry}: {error}") from None
+    if is_folder:
         found = [os.fspath(path / relative) for relative in _walk(path)]
     elif path.exists():
         found = [os.fspath(path)]
@@ -174,11 +179,15 @@ def _expand(entry: str) -> Iterator[tuple[str, str]]:
 
 def _walk(folder: epath.Path) -> Iterator[PurePosixPath]:
     top = None
-    for root, folders, names in folder.walk():
+    for root, folders, names in folder.walk(on_error=_unreadable):
         here = PurePosixPath(root)
         top = top or here  # of a bucket without its scheme, so only what is below it counts
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (here.relative_to(top) / name for name in sorted(names) if not name.startswith("."))
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"data.paths: {error.filename}: cannot be read: {error.strerror}")
 
 
 def _glob(pattern: str) -> list[str]:
@@ -192,11 +201,17 @@ def _glob(pattern: str) -> list[str]:
     return [os.fspath(match) for match in matches if not match.is_dir()]
 
 
-def _stat(path: str) -> tuple[int, int]:
+def _stat(name: str, path: str) -> tuple[int, int]:
+    """Size and time of change, the latter in any unit."""
     if is_remote(path):
-        stat = epath.Path(path).stat()
-        return stat.length, int(stat.mtime)
-    local = os.stat(path)
+        remote = epath.Path(path).stat()
+        return remote.length, int(remote.mtime)
+    try:
+        local = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
+    if not stat.S_ISREG(local.st_mode):
+        raise DataError(f"{name}: not a regular file; leave it out of data.paths")
     return local.st_size, local.st_mtime_ns
 
 

@@ -18,7 +18,7 @@ def run(
     sampling: Sampling,
     stop: Sequence[str] = (),
     threshold: float | None = None,
-    out: TextIO = sys.stdout,
+    out: TextIO | None = None,
 ) -> None:
     """Prints each prompt and what follows it: one prompt as the text comes, several one after the other.
 
@@ -26,6 +26,7 @@ def run(
     goes away ends the command; characters that the encoding of `out` lacks are escaped. Raises ConfigError
     as `Generator.stream`.
     """
+    out = sys.stdout if out is None else out
     terminal = out.isatty() and os.environ.get("TERM") != "dumb"
 
     def write(text: str) -> None:

@@ -126,10 +126,8 @@ class Generator:
         text = RowText(self.tokenizer, prompt, stop)
         return _Row(number, self.tokenizer, text, min(room, max_tokens), ending)
 
-    def _steps(
-        self, prompts: list[list[int]], first: int, count: int, sampling: Sampling
-    ) -> Iterator["_Drawn"]:
-        """What is drawn for all rows, [B] each, `count` times or more; computed ahead of what is asked for."""
+    def _steps(self, prompts: list[list[int]], first: int, count: int, sampling: Sampling) -> Iterator["_Drawn"]:
+        """What is drawn for all rows, [B] each, `count` times or more; computed ahead of demand."""
         longest = max(map(len, prompts))
         tokens = np.full((len(prompts), self._bucket(longest)), self.tokenizer.bos_id, np.int32)
         for row, ids in enumerate(prompts):

@@ -21,7 +21,8 @@ class Sampling:
     top_k: int = 0
     """Keeps the k most likely tokens and those as likely as the k-th; 0 keeps all."""
     top_p: float = 1.0
-    """Keeps the fewest tokens whose probabilities sum to at least this (Holtzman et al. 2020)."""
+    """Keeps the fewest most likely tokens whose probabilities sum to at least this, and those as likely as the
+    last of them (Holtzman et al. 2020)."""
     min_p: float = 0.0
     """Keeps tokens at least this times as likely as the most likely one (Nguyen et al. 2024)."""
     seed: int = 0
@@ -58,12 +59,24 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
         least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if sampling.top_p < 1:
-        order = jnp.argsort(-logits, axis=-1)
-        sorted_probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-        before = jnp.cumsum(sorted_probabilities, axis=-1) - sorted_probabilities
-        kept = (before < sampling.top_p).at[:, 0].set(True)
-        kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
-        logits = jnp.where(kept, logits, -jnp.inf)
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        logits = jnp.where(probabilities < _nucleus(probabilities, sampling.top_p), -jnp.inf, logits)
     if sampling.min_p > 0:
         logits = jnp.where(logits < math.log(sampling.min_p), -jnp.inf, logits)
     return logits
+
+
+def _nucleus(probabilities: jax.Array, mass: float) -> jax.Array:
+    """[B, 1]: the largest number such that probabilities [B, V] no smaller than it sum to `mass` or more.
+
+    Found bit by bit, as floats from 0 up are ordered as their bits are: sorting a vocabulary is far slower.
+    """
+
+    def step(i: jax.Array, bits: jax.Array) -> jax.Array:
+        trial = bits | (1 << (30 - i))
+        least = jax.lax.bitcast_convert_type(trial, jnp.float32)
+        enough = jnp.sum(probabilities, axis=-1, keepdims=True, where=probabilities >= least) >= mass
+        return jnp.where(enough, trial, bits)
+
+    bits = jax.lax.fori_loop(0, 31, step, jnp.zeros((probabilities.shape[0], 1), jnp.int32))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

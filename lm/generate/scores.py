@@ -39,6 +39,4 @@ def visible(text: str, *, spare: str = "\n\t") -> str:
 
     What a model wrote must not drive a terminal.
     """
-    return "".join(
-        repr(c)[1:-1] if c not in spare and (ord(c) < 32 or 127 <= ord(c) < 160) else c for c in text
-    )
+    return "".join(repr(c)[1:-1] if c not in spare and (ord(c) < 32 or 127 <= ord(c) < 160) else c for c in text)

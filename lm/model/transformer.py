@@ -73,7 +73,7 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(init.embedding(key_embed, config.vocab_size), axes=("vocab", "embed"))
         table = init.embedding(key_positions, config.context) if config.positions == "learned" else None
         self.positions = None if table is None else nnx.Param(table, axes=("positions", "embed"))
-        groups, rest = divmod(config.layers, len(config.pattern))
+        rest = config.layers % len(config.pattern)
         keys = jax.random.split(key_layers, config.layers)
         stacked, last = keys[: config.layers - rest], keys[config.layers - rest :]
         self.layers = nnx.Dict(
@@ -216,16 +216,13 @@ def abstract_params(config: ModelConfig) -> dict[str, Any]:
 def parameter_axes(config: ModelConfig) -> dict[str, Any]:
     """The logical axis names of each parameter, in a tree like the parameters', one tuple per leaf."""
     _, abstract = _abstract(config)
-    axes = {}
+    tree: dict[str, Any] = {}
     for path, variable in nnx.to_flat_state(abstract):
         names = tuple(variable.get_metadata()["axes"])
-        axes[path] = ("layers", *names) if path[0] == "layers" else names
-    tree: dict[str, Any] = {}
-    for path, names in axes.items():
         node = tree
         for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = names
+            node = node.setdefault(str(part), {})
+        node[str(path[-1])] = ("layers", *names) if path[0] == "layers" else names
     return tree
 
 

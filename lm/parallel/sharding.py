@@ -69,7 +69,7 @@ def tree_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
 
 
 def like_parameters(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings for a tree (optimizer state) that holds trees like the parameters somewhere inside.
+    """Shardings for a tree (the state) that holds trees like the parameters somewhere inside.
 
     A leaf whose path ends with the path of a parameter of the same shape gets its sharding, any other (counts)
     is on every device.

@@ -11,7 +11,7 @@ or a killed removal, left behind.
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
@@ -21,8 +21,8 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from lm.config import free
 from lm.errors import ConfigError, StorageError
+from lm.train.config import CheckpointConfig
 from lm.train.digest import LeafDigest, StateDigest, leaf_paths, start_digest, state_digest
 from lm.train.manifest import NAME as MANIFEST
 from lm.train.manifest import BadCheckpoint, Manifest, reason
@@ -32,23 +32,6 @@ T = TypeVar("T")
 
 # Orbax logs a page for each failure that it also raises; what is raised is reported here in a line.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = free(500)  # steps between saves; 0: only at the end and when stopped
-    keep_last: int = free(2)  # newest checkpoints kept
-    keep_every: int = free(0)  # checkpoints at multiples of this many steps are kept for good; 0: none
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        if self.every < 0:
-            yield "every", f"{self.every} is negative; use 0 to save only at the end and when stopped"
-        if self.keep_last < 1:
-            yield "keep_last", f"{self.keep_last} keeps nothing to resume from; use at least 1"
-        if self.keep_every < 0:
-            yield "keep_every", f"{self.keep_every} is negative; use 0 to keep none for good"
-        elif self.every > 0 and self.keep_every % self.every:
-            yield "keep_every", f"{self.keep_every} is not a multiple of every ({self.every})"
 
 
 @dataclass(frozen=True)
@@ -155,9 +138,7 @@ class Checkpoints:
         """The state of that step, verified. Raises as `restore_newest`; changes nothing on disk."""
         folder = self._directory / str(step)
         if step not in (steps := _steps(self._directory)):
-            raise StorageError(
-                f"no checkpoint of step {step} in {self._directory}; there are {steps or 'none'}"
-            )
+            raise StorageError(f"no checkpoint of step {step} in {self._directory}; there are {steps or 'none'}")
         try:
             state = _load(folder, step, abstract_state)
         except BadCheckpoint as problem:
@@ -231,9 +212,7 @@ def read_attachment(directory: str | PathLike[str], step: int, name: str) -> byt
         manifest = Manifest.read(folder, step)
         if name not in manifest.files:
             attached = [file for file in manifest.files if "/" not in file]
-            raise StorageError(
-                f"checkpoint {folder} has no {name}; it has {_some(attached) or 'no attachments'}"
-            )
+            raise StorageError(f"checkpoint {folder} has no {name}; it has {_some(attached) or 'no attachments'}")
         manifest.verify(folder, name)
         return (folder / name).read_bytes()
     except (BadCheckpoint, OSError) as problem:

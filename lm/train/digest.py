@@ -46,9 +46,7 @@ def start_digest(state: Any) -> Callable[[], StateDigest]:
     """
     paths, leaves = leaf_paths(state), jax.tree.leaves(state)
     for path, x in zip(paths, leaves, strict=True):
-        if x.dtype != jnp.bool_ and not any(
-            jnp.issubdtype(x.dtype, kind) for kind in (jnp.integer, jnp.floating)
-        ):
+        if x.dtype != jnp.bool_ and not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.integer, jnp.floating)):
             raise TypeError(f"{path}: no digest for arrays of type {x.dtype}")
     kinds = [(x.shape, x.dtype.name) for x in leaves]  # what `finish` holds must not keep arrays alive
     lanes, finite = _lanes_and_finite(leaves)
@@ -68,8 +66,7 @@ def start_digest(state: Any) -> Callable[[], StateDigest]:
 def leaf_paths(tree: Any) -> list[str]:
     """Names of the leaves in order, such as `opt_state/0/mu/layers/kernel`."""
     return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
     ]
 
 

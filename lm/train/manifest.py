@@ -92,9 +92,7 @@ class Manifest:
         if not intact:
             raise BadCheckpoint(f"{NAME} is not as it was written")
         if body["format"] > FORMAT:
-            raise StorageError(
-                f"{folder} has format {body['format']}, and {FORMAT} is the newest known: update lm"
-            )
+            raise StorageError(f"{folder} has format {body['format']}, and {FORMAT} is the newest known: update lm")
         if body["step"] != step:
             raise BadCheckpoint(f"it is the checkpoint of step {body['step']}")
         leaves = {

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from lm.experiment import Config
-from lm.model.transformer import abstract_params, init_params, parameter_axes
+from lm.model.transformer import init_params, parameter_axes
 from lm.optim.optimizer import optimizer
 from lm.parallel.sharding import like_parameters, tree_shardings
 
@@ -35,7 +35,7 @@ class TrainState:
 
 
 def init_state(config: Config, key: jax.Array) -> TrainState:
-    """The state at step 0. To be jitted with `state_shardings` as its out_shardings."""
+    """The state at step 0. To be jitted with the shardings of `abstract_state`."""
     params = init_params(config.model, key)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer(config.optim).init(params), zero, zero)
@@ -44,19 +44,8 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; allocates nothing. Raises ConfigError for layouts that fail."""
     shapes = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
-    shardings = state_shardings(config, mesh)
+    params = tree_shardings(shapes.params, parameter_axes(config.model), mesh)
+    shardings = like_parameters(shapes, shapes.params, params, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def state_shardings(config: Config, mesh: Mesh) -> TrainState:
-    """A NamedSharding for each leaf of the state."""
-    shapes = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
-    params = tree_shardings(abstract_params(config.model), parameter_axes(config.model), mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return TrainState(
-        step=everywhere,
-        params=params,
-        opt_state=like_parameters(shapes.opt_state, shapes.params, params, mesh),
-        skipped=everywhere,
-        bad_streak=everywhere,
-    )

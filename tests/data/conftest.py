@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from lm.data import records, stream
+from lm.data.files import write_json
 from lm.data.manifest import FILE, Manifest, TokenizerRecord
 from lm.data.records import Shard, ShardWriter
 from lm.data.tokenizers import BytesTokenizer
@@ -42,7 +43,7 @@ def write_data(tmp_path: Path) -> Callable[..., Path]:
         tokenizer = BytesTokenizer()
         (folder / tokenizer.file_name).write_bytes(tokenizer.serialize())
         record = TokenizerRecord("bytes", tokenizer.file_name, tokenizer.fingerprint, tokenizer.vocab_size)
-        (folder / FILE).write_text(Manifest(record, {}, splits).to_json())
+        write_json(epath.Path(folder / FILE), Manifest(record, {}, splits).to_dict())
         return folder
 
     return write

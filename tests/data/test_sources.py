@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -42,6 +43,22 @@ def test_missing_and_empty(tmp_path: Path) -> None:
         list_files([str(tmp_path)])
     with pytest.raises(DataError, match=r"\*\.txt: no files there"):
         list_files([f"{tmp_path}/*.txt"])
+
+
+def test_links_to_nowhere_and_pipes_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "link.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"link\.txt: cannot be read: No such file"):
+        list_files([str(tmp_path)])
+    (tmp_path / "link.txt").unlink()
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match=r"pipe\.txt: not a regular file"):
+        list_files([str(tmp_path)])
+
+
+def test_bucket_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(DataError, match=r"gs://bucket/text: .*gcsfs"):
+        list_files(["gs://bucket/text"])
 
 
 def test_text_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -96,7 +113,7 @@ def test_truncated_and_broken_compression(tmp_path: Path, suffix: str, compress)
         (b'{"text": "unfinished', "not JSON: Unterminated string"),
         (b'["text"]', "expected a JSON object, got a list"),
         (b'{"title": "a", "body": "b"}', "no field 'text'; set data.text_field to one of: title, body"),
-        (b'{"text": 5}', "holds a int, not a text"),
+        (b'{"text": 5}', "field 'text' holds a int, not a text"),
     ],
 )
 def test_bad_lines_name_file_and_line(tmp_path: Path, row: bytes, message: str) -> None:
@@ -119,11 +136,8 @@ def test_ranges_of_json_lines_hold_each_line_once(tmp_path: Path) -> None:
     assert len(pieces) > 5
     assert (pieces[0].start, pieces[-1].stop) == (0, file.size)
     assert len({content_hash(piece) for piece in pieces}) == len(pieces)
-    found = []
     with pytest.raises(DataError, match=r"x\.jsonl:201: not JSON"):
-        for piece in pieces:
-            found += [d.text for d in documents(piece, "text", Counter())]
-    assert found == [row["text"] for row in rows[: len(found)]]
+        list(documents(pieces[-1], "text", Counter()))
     path.write_bytes(lines(*rows))
     (file,) = list_files([str(path)])
     joined = [d.text for piece in cut(file, 333) for d in documents(piece, "text", Counter())]
@@ -137,5 +151,7 @@ def test_standard_library_is_there_without_this_machines_paths() -> None:
     assert "python-stdlib/json/__init__.py" in names
     assert not any("site-packages" in name or sys.prefix in name for name in names)
     skipped: Counter[str] = Counter()
-    some = [f for f in files if f.name.startswith(("python-stdlib/json/", "python-stdlib/test/encoded_modules"))]
+    some = [
+        f for f in files if f.name.startswith(("python-stdlib/json/", "python-stdlib/test/encoded_modules"))
+    ]
     assert any("JSON" in d.text for f in some for d in documents(whole(f), "text", skipped))

@@ -20,7 +20,8 @@ import pytest
 
 from lm.errors import ConfigError, StorageError
 from lm.train import checkpoint
-from lm.train.checkpoint import CheckpointConfig, Checkpoints, list_checkpoints, read_attachment
+from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
+from lm.train.config import CheckpointConfig
 from lm.train.digest import state_digest
 
 ATTACHMENTS = {"config.json": b'{"run": 1}\n', "tokenizer.model": bytes(range(256))}
@@ -77,7 +78,7 @@ def test_round_trip_gives_the_same_bits_and_types(tmp_path: Path) -> None:
     assert restored is not None
     step, state = restored
     assert step == 3
-    assert jax.tree.structure(state) == jax.tree.structure(make_state(3))
+    assert str(jax.tree.structure(state)) == str(jax.tree.structure(make_state(3)))
     assert bits(state) == bits(make_state(3))
     assert writer.said == []
     assert writer.last_good == 3
@@ -221,9 +222,7 @@ def test_restoring_a_named_step_changes_nothing(tmp_path: Path) -> None:
         (lambda s: dataclasses.replace(s, step={"a": s.step}), r"step/a is missing there, int32\[\] here"),
     ],
 )
-def test_another_state_is_a_config_error(
-    tmp_path: Path, change: Callable[[State], State], message: str
-) -> None:
+def test_another_state_is_a_config_error(tmp_path: Path, change: Callable[[State], State], message: str) -> None:
     writer = Writer(tmp_path)
     writer.write(1)
     with pytest.raises(ConfigError, match=message):
@@ -296,7 +295,7 @@ def test_a_state_that_is_not_finite_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(params=["a limit on file sizes", "a full file system"])
-def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
     """A directory in which 2 MB do not fit until the call is made."""
     if request.param == "a limit on file sizes":
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -310,12 +309,12 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple
     if mount.returncode:
         pytest.skip(f"mounting needs root; a limit on file sizes stands in: {mount.stderr.strip()}")
     remount = ["mount", "-o", "remount,size=8m", str(tmp_path)]
-    yield tmp_path, lambda: subprocess.run(remount, check=True) and None
+    yield tmp_path, lambda: subprocess.run(remount, check=True)
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
-    small_disk: tuple[Path, Callable[[], None]], capfd: pytest.CaptureFixture[str]
+    small_disk: tuple[Path, Callable[[], object]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     directory, make_room = small_disk
     writer = Writer(directory)
@@ -391,17 +390,3 @@ def test_kill(tmp_path: Path, moment: str) -> None:
     writer.write(4)
     assert not (tmp_path / left).exists()
     assert steps(tmp_path) == [expected[1], 4]
-
-
-@pytest.mark.parametrize(
-    ("values", "field"),
-    [
-        ({"every": -1}, "every"),
-        ({"keep_last": 0}, "keep_last"),
-        ({"keep_every": -5}, "keep_every"),
-        ({"every": 3, "keep_every": 10}, "keep_every"),
-    ],
-)
-def test_impossible_settings(values: dict[str, int], field: str) -> None:
-    assert [name for name, _ in CheckpointConfig(**values).check()] == [field]
-    assert not list(CheckpointConfig().check())

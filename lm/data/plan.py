@@ -1,0 +1,135 @@
+"""What a data directory is built from, so that a build can be continued, or refused when it changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from etils import epath
+
+from lm.data import sources
+from lm.data.config import DataConfig
+from lm.data.records import FORMAT
+from lm.data.sources import File, Piece
+from lm.errors import DataError
+
+PLAN = "plan.json"
+
+MIN_PART_BYTES = 4 << 20
+MAX_PART_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is built: everything that decides the result. Documents with smaller hashes are held out."""
+
+    settings: dict[str, Any]
+    part_bytes: int
+    parts: list[list[Piece]]
+    holdout_below: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "settings": self.settings,
+            "part_bytes": self.part_bytes,
+            "holdout_below": self.holdout_below,
+            "files": {f.name: [f.size, f.modified, f.heldout] for f in self.files().values()},
+        }
+
+    def files(self) -> dict[str, File]:
+        return {piece.file.name: piece.file for part in self.parts for piece in part}
+
+
+def part_bytes(listed: list[File]) -> int:
+    """The size of parts: enough of them for several processes, not so many that shards get tiny."""
+    return min(max(sum(file.size for file in listed) // 16, MIN_PART_BYTES), MAX_PART_BYTES)
+
+
+def divide(listed: list[File], limit: int) -> list[list[Piece]]:
+    """Parts of about `limit` bytes or of a single file."""
+    parts: list[list[Piece]] = [[]]
+    size = 0
+    for file in listed:
+        for piece in sources.cut(file, limit):
+            length = piece.stop - piece.start
+            if parts[-1] and size + length > limit:
+                parts.append([])
+                size = 0
+            parts[-1].append(piece)
+            size += length
+    return parts
+
+
+def part_file(folder: epath.Path, index: int) -> epath.Path:
+    return folder / f"part-{index:05d}.json"
+
+
+def settings_of(config: DataConfig) -> dict[str, Any]:
+    """The config without what only says where files are or how fast they are built."""
+    settings = dataclasses.asdict(config)
+    for key in ("paths", "dir", "workers"):
+        del settings[key]
+    return json.loads(json.dumps(settings))
+
+
+def read_plan(folder: epath.Path) -> dict[str, Any]:
+    """What an earlier build wrote, or nothing."""
+    path = folder / PLAN
+    if not path.exists():
+        return {}
+    try:
+        stored = json.loads(path.read_text())
+        if stored["format"] != FORMAT:
+            raise DataError(f"{path}: format {stored['format']}, but this version reads {FORMAT}")
+        for key in ("settings", "part_bytes", "holdout_below", "files"):
+            stored[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: unreadable ({error!r}); delete the directory to build again") from None
+    return stored
+
+
+def compare(folder: epath.Path, stored: dict[str, Any], settings: dict[str, Any], plan: Plan | None) -> None:
+    """Raises DataError if the directory was built from something else; `plan` None: without a look at files."""
+    before = stored.get("settings", {})
+    different = [
+        f"data.{key}: built with {before.get(key)!r}, now {settings.get(key)!r}"
+        for key in sorted(before.keys() | settings.keys())
+        if before.get(key) != settings.get(key)
+    ]
+    if plan is not None:
+        different += _file_differences(folder, stored, plan)
+    if different:
+        more = [f"and {len(different) - 5} more"] if len(different) > 5 else []
+        raise DataError(
+            f"{folder} holds data built from something else:\n  "
+            + "\n  ".join(different[:5] + more)
+            + "\nchoose another data.dir, or delete that directory to build again"
+        )
+
+
+def _file_differences(folder: epath.Path, stored: dict[str, Any], plan: Plan) -> Iterator[str]:
+    before, now = stored["files"], plan.to_dict()["files"]
+    touched = set()
+    for name in sorted(before.keys() | now.keys()):
+        if name not in now:
+            yield f"{name}: gone"
+        elif name not in before:
+            yield f"{name}: new"
+        elif before[name][0] != now[name][0]:
+            yield f"{name}: {before[name][0]} bytes before, now {now[name][0]}"
+        elif before[name][2] != now[name][2]:
+            yield f"{name}: moved between training and held-out"
+        elif before[name][1] != now[name][1]:
+            touched.add(name)
+    # A file with a new time may still be the same (a fresh copy or checkout): look at what is in it.
+    for index, part in enumerate(plan.parts if touched else []):
+        record = part_file(folder, index)
+        if not touched.intersection(piece.file.name for piece in part) or not record.exists():
+            continue
+        for piece, digest in zip(part, json.loads(record.read_text())["hashes"], strict=False):
+            if piece.file.name in touched and sources.content_hash(piece) != digest:
+                yield f"{piece.file.name}: other content, of the same size"

@@ -1,0 +1,360 @@
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lm.data import build as build_module
+from lm.data import plan, sources
+from lm.data.build import build
+from lm.data.config import DataConfig, TokenizerConfig
+from lm.data.manifest import read_manifest, read_tokenizer
+from lm.data.stream import TokenStream
+from lm.errors import DataError, StorageError
+
+BYTES = TokenizerConfig(kind="bytes")
+
+
+def quiet(message: str) -> None:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MIN_PART_BYTES", 20_000)
+
+
+def write_corpus(folder: Path, files: int = 12, seed: int = 0) -> dict[str, str]:
+    """Text files and one .jsonl file of several parts; some documents twice. Gives text by name."""
+    draw = random.Random(seed)
+    words = ["alpha", "beta", "gamma", "delta", "\n", "    ", "é", "日本", "😀", "x = 1\n"]
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {}
+    for i in range(files):
+        texts[f"{i:02}.txt"] = " ".join(draw.choices(words, k=draw.randrange(1, 2000)))
+    texts["copy.txt"] = texts["00.txt"]
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
+    rows = [" ".join(draw.choices(words, k=draw.randrange(1, 60))) for _ in range(400)]
+    texts |= {f"rows:{i}": row for i, row in enumerate(rows)}
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return texts
+
+
+def documents(folder: Path, split: str) -> list[str]:
+    """All texts of a split, read back from the built files."""
+    stream = TokenStream(folder, split)
+    tokenizer = read_tokenizer(folder)
+    tokens, begins = stream.read(0, stream.tokens)
+    starts = [*np.flatnonzero(begins).tolist(), stream.tokens]
+    found = [tokens[a:b] for a, b in itertools.pairwise(starts)]
+    assert all(ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id for ids in found)
+    return [tokenizer.decode(ids) for ids in found]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> DataConfig:
+    write_corpus(tmp_path / "corpus")
+    return DataConfig(paths=(str(tmp_path / "corpus"),), tokenizer=BYTES, holdout_fraction=0.1, workers=1)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_every_document_is_in_one_split(tmp_path: Path, kind) -> None:
+    texts = write_corpus(tmp_path / "corpus")
+    tokenizer = TokenizerConfig(kind=kind, vocab_size=400)
+    config = DataConfig((str(tmp_path / "corpus"),), tokenizer=tokenizer, holdout_fraction=0.1, workers=1)
+    manifest = build(config, tmp_path / "data", quiet)
+    train, heldout = (documents(tmp_path / "data", split) for split in ("train", "heldout"))
+    assert sorted(train + heldout) == sorted(texts.values())
+    assert not set(train) & set(heldout)
+    assert 10 < len(heldout) < 100
+    assert len(manifest.splits["train"]) > 3
+    assert manifest.documents("train") == len(train)
+    assert manifest.text_bytes("train") == sum(len(text.encode()) for text in train)
+    (source,) = manifest.sources.values()
+    assert source.documents == len(texts)
+    assert source.heldout_documents == len(heldout)
+    assert source.tokens == manifest.tokens("train") + manifest.tokens("heldout")
+    TokenStream(tmp_path / "data", "train").verify()
+
+
+def test_workers_do_not_change_the_result(corpus: DataConfig, tmp_path: Path) -> None:
+    one = build(corpus, tmp_path / "one", quiet)
+    two = build(replace(corpus, workers=2), tmp_path / "two", quiet)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert one == two == read_manifest(tmp_path / "one")
+    assert not list((tmp_path / "two").glob("*.tmp"))
+
+
+def test_second_run_writes_and_tokenises_nothing(
+    corpus: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(corpus, tmp_path / "data", quiet)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()}
+    for name in ("documents", "content_hash"):
+        monkeypatch.setattr(sources, name, None)  # whoever reads text fails
+    assert build(corpus, tmp_path / "data", quiet) == first
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()} == before
+
+
+KILLED = """
+import os, signal, sys
+from lm.data import build, files, plan
+from lm.data.config import DataConfig, TokenizerConfig
+from lm.data.records import ShardWriter
+
+plan.MIN_PART_BYTES = 20_000
+calls = 0
+def dying(function, before):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        result = None if calls == int(sys.argv[3]) and before else function(*args, **kwargs)
+        if calls == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+if sys.argv[4] == "publish":
+    files.publish = dying(files.publish, before=False)
+elif sys.argv[4] == "record":
+    ShardWriter._flush = dying(ShardWriter._flush, before=False)
+else:
+    files.write_atomically = dying(files.write_atomically, before=True)
+tokenizer = TokenizerConfig(kind="sentencepiece", vocab_size=400)
+build.build(DataConfig((sys.argv[1],), holdout_fraction=0.1, workers=1, tokenizer=tokenizer), sys.argv[2], print)
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [(1, "write"), (2, "write"), (4, "write"), (3, "publish"), (8, "publish"), (9, "record")],
+)
+def test_killed_and_continued_is_bit_identical(tmp_path: Path, call: int, what: str) -> None:
+    write_corpus(tmp_path / "corpus")
+    folder = tmp_path / "killed"
+    arguments = [str(tmp_path / "corpus"), str(folder), str(call), what]
+    ended = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    with pytest.raises(DataError, match="no built data here"):
+        read_manifest(folder)
+    config = DataConfig(
+        (str(tmp_path / "corpus"),),
+        holdout_fraction=0.1,
+        workers=1,
+        tokenizer=TokenizerConfig(kind="sentencepiece", vocab_size=400),
+    )
+    kept = {p: p.stat().st_mtime_ns for p in folder.glob("part-*.json")}
+    build(config, folder, quiet)
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    build(config, tmp_path / "whole", quiet)
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_tokenizer_learns_nothing_from_heldout_text(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("plain words only\n" * 100)
+    (tmp_path / "valid.txt").write_text("Ωmega Ωmega\n" * 100)
+    config = DataConfig(
+        (str(tmp_path / "train.txt"),),
+        holdout_paths=(str(tmp_path / "valid.txt"),),
+        tokenizer=TokenizerConfig(vocab_size=300),
+    )
+    build(config, tmp_path / "data", quiet)
+    tokenizer = read_tokenizer(tmp_path / "data")
+    assert not any("Ω" in tokenizer.piece(i) for i in range(tokenizer.vocab_size))
+    assert documents(tmp_path / "data", "heldout") == ["Ωmega Ωmega\n" * 100]
+    assert documents(tmp_path / "data", "train") == ["plain words only\n" * 100]
+
+
+def test_tokenizer_sample_is_spread_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(8):
+        (tmp_path / f"{i}.txt").write_text("".join(f"file {i} line {j}\n" for j in range(2000)))
+    config = DataConfig((str(tmp_path),), tokenizer=TokenizerConfig(training_bytes=80_000, vocab_size=300))
+    samples: list[list[str]] = []
+    train = build_module.train_sentencepiece
+
+    def spy(texts, **options):
+        samples.append(texts)
+        return train(texts, **options)
+
+    monkeypatch.setattr(build_module, "train_sentencepiece", spy)
+    build(config, tmp_path / ".a", quiet)
+    build(config, tmp_path / ".b", quiet)
+    assert samples[0] == samples[1]
+    assert 40_000 < sum(map(len, samples[0])) < 120_000
+    heldout = documents(tmp_path / ".a", "heldout")
+    seen = {text.split()[1] for text in samples[0] if text.startswith("file")}
+    assert seen == {str(i) for i in range(8)} - {text.split()[1] for text in heldout}
+
+
+def test_tail_holds_out_the_end_at_a_character(tmp_path: Path) -> None:
+    text = "é" * 50 + "a"  # 101 bytes; 90 % is in the middle of a character, for 0.9 * 101 = 90.9 and 0.5
+    (tmp_path / "one.txt").write_text(text)
+    for fraction in (0.1, 0.11, 0.5, 0.9):
+        config = DataConfig(
+            (str(tmp_path / "one.txt"),), holdout_by="tail", holdout_fraction=fraction, tokenizer=BYTES
+        )
+        folder = tmp_path / str(fraction)
+        build(config, folder, quiet)
+        (train,), (heldout,) = documents(folder, "train"), documents(folder, "heldout")
+        assert train + heldout == text
+        assert 0 <= int((1 - fraction) * 101) - len(train.encode()) <= 1
+    ascii_text = "".join(chr(97 + i % 26) for i in range(1115))
+    (tmp_path / "two.txt").write_text(ascii_text)
+    config = replace(config, paths=(str(tmp_path / "two.txt"),), holdout_fraction=0.1)
+    build(config, tmp_path / "ascii", quiet)
+    assert documents(tmp_path / "ascii", "train") == [ascii_text[: int(0.9 * 1115)]]
+
+
+def test_few_documents_still_give_a_heldout_one(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    config = DataConfig((str(tmp_path / "*.txt"),), tokenizer=BYTES)
+    with pytest.raises(DataError, match=r"only one document.*holdout_by to 'tail'"):
+        build(config, tmp_path / "1", quiet)
+    (tmp_path / "b.txt").write_text("one")
+    with pytest.raises(DataError, match="only one document"):
+        build(config, tmp_path / "1", quiet)
+    (tmp_path / "c.txt").write_text("two")
+    build(config, tmp_path / "2", quiet)
+    assert sorted([documents(tmp_path / "2", "train"), documents(tmp_path / "2", "heldout")]) == [
+        ["one", "one"],
+        ["two"],
+    ]
+    none = build(replace(config, holdout_fraction=0.0), tmp_path / "3", quiet)
+    assert none.splits["heldout"] == ()
+    assert none.documents("train") == 3
+
+
+def test_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    config = DataConfig((str(tmp_path / "a.txt"),), tokenizer=BYTES)
+    with pytest.raises(DataError, match="no document with text"):
+        build(config, tmp_path / "1", quiet)
+    with pytest.raises(DataError, match="no document to train on"):
+        build(replace(config, holdout_fraction=0.0), tmp_path / "2", quiet)
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(DataError, match="no text was held out"):
+        build(
+            replace(config, paths=(str(tmp_path / "b.txt"),), holdout_paths=(str(tmp_path / "a.txt"),)),
+            tmp_path / "3",
+            quiet,
+        )
+
+
+def test_bad_text_in_a_process_is_reported_as_it_is(corpus: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "corpus" / "rows.jsonl").open("a").write("{broken\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl:401: not JSON"):
+        build(replace(corpus, workers=2), tmp_path / "data", quiet)
+
+
+def test_changes_since_the_build_are_named(corpus: DataConfig, tmp_path: Path) -> None:
+    folder, source = tmp_path / "data", tmp_path / "corpus"
+    build(corpus, folder, quiet)
+
+    def refused(message: str, config: DataConfig = corpus) -> None:
+        with pytest.raises(DataError, match=message) as caught:
+            build(config, folder, quiet)
+        assert "choose another data.dir" in str(caught.value)
+
+    refused(r"data\.holdout_fraction: built with 0\.1, now 0\.2", replace(corpus, holdout_fraction=0.2))
+    refused(r"data\.tokenizer: ", replace(corpus, tokenizer=TokenizerConfig()))
+    (source / "new.txt").write_text("new")
+    refused(r"new\.txt: new")
+    (source / "new.txt").unlink()
+    old = (source / "03.txt").read_bytes()
+    (source / "03.txt").unlink()
+    refused(r"03\.txt: gone")
+    (source / "03.txt").write_bytes(old + b"!")
+    refused(rf"03\.txt: {len(old)} bytes before, now {len(old) + 1}")
+    (source / "03.txt").write_bytes(b"~" + old[1:] if old[:1].isascii() else b"~~" + old[2:])
+    refused(r"03\.txt: other content, of the same size")
+    (source / "03.txt").write_bytes(old)
+    os.utime(source / "03.txt", ns=(1, 1))
+    build(corpus, folder, quiet)  # only the time is new
+    shutil.rmtree(source)
+    messages: list[str] = []
+    assert build(corpus, folder, messages.append) == read_manifest(folder)
+    assert "not here" in messages[0]
+    refused("holdout_fraction", replace(corpus, holdout_fraction=0.2))
+
+
+def test_a_tokenizer_file_that_changed_is_refused(corpus: DataConfig, tmp_path: Path) -> None:
+    folder, model = tmp_path / "data", tmp_path / "my.model"
+    trained = replace(corpus, tokenizer=TokenizerConfig(vocab_size=400))
+    build(trained, folder, quiet)
+    model.write_bytes((folder / "tokenizer.model").read_bytes())
+    given = replace(corpus, tokenizer=TokenizerConfig(path=str(model)))
+    manifest = build(given, tmp_path / "given", quiet)
+    assert manifest.fingerprint == read_manifest(folder).fingerprint
+    build(replace(trained, tokenizer=TokenizerConfig(vocab_size=300)), tmp_path / "other", quiet)
+    model.write_bytes((tmp_path / "other" / "tokenizer.model").read_bytes())
+    with pytest.raises(DataError, match=r"my\.model: changed since"):
+        build(given, tmp_path / "given", quiet)
+    (folder / "tokenizer.model").write_bytes(model.read_bytes())
+    with pytest.raises(DataError, match="not the tokenizer that the data was built with"):
+        read_tokenizer(folder)
+
+
+def test_fingerprint_says_what_is_trained_on_and_no_more(corpus: DataConfig, tmp_path: Path) -> None:
+    one = build(corpus, tmp_path / "one", quiet)
+    shutil.copytree(tmp_path / "corpus", tmp_path / "elsewhere")
+    moved = replace(corpus, paths=(str(tmp_path / "elsewhere"),))
+    assert build(moved, tmp_path / "two", quiet).fingerprint == one.fingerprint
+    (tmp_path / "elsewhere" / "03.txt").write_text("changed")
+    assert build(moved, tmp_path / "three", quiet).fingerprint != one.fingerprint
+
+
+def test_a_plan_that_cannot_be_read(corpus: DataConfig, tmp_path: Path) -> None:
+    build(corpus, tmp_path / "data", quiet)
+    path = tmp_path / "data" / plan.PLAN
+    good = path.read_text()
+    for bad, message in [(good[:50], "unreadable"), (good.replace('"format": 1', '"format": 9'), "format 9")]:
+        path.write_text(bad)
+        with pytest.raises(DataError, match=message):
+            build(corpus, tmp_path / "data", quiet)
+
+
+def test_another_size_of_parts_does_not_make_built_data_useless(
+    corpus: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(corpus, tmp_path / "data", quiet)
+    monkeypatch.setattr(plan, "MIN_PART_BYTES", 50_000)
+    assert build(corpus, tmp_path / "data", quiet) == first
+
+
+def test_what_cannot_be_written(corpus: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot be written"):
+        build(corpus, tmp_path / "file" / "data", quiet)
+
+
+def test_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = sources.list_files
+    monkeypatch.setattr(
+        sources,
+        "list_files",
+        lambda *paths: [
+            f for f in listed(*paths) if f.name.startswith(("python-stdlib/j", "python-stdlib/e"))
+        ],
+    )
+    config = DataConfig(("python-stdlib",), tokenizer=BYTES, holdout_fraction=0.2, workers=1)
+    manifest = build(config, tmp_path / "data", quiet)
+    train, heldout = (set(documents(tmp_path / "data", split)) for split in ("train", "heldout"))
+    assert train
+    assert heldout
+    assert not train & heldout
+    assert set(manifest.sources) == {"python-stdlib"}
+    for path in (tmp_path / "data").glob("*.json"):
+        assert sys.prefix not in path.read_text()
