@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (unknown or overrides) and not options.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join([*unknown, *overrides])}")
     options.overrides = [*overrides, *unknown]
+    _keep_compiled_programs()
     try:
         options.run(options)
         sys.stdout.flush()
@@ -41,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _keep_compiled_programs() -> None:
+    """Tells jax, before it is imported, to keep what it compiles; what the environment says about it goes first."""
+    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lm", "compiled")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -132,7 +140,10 @@ def _load(options: argparse.Namespace) -> "Config":
     from lm import config
     from lm.experiment import Config
 
-    return config.load(options.config, Config, options.overrides)
+    # A run may have been moved, and its relative path was seen from elsewhere: it is where it is now.
+    here = [] if options.config.endswith((".py", ".json")) else [f"--run.dir={options.config}"]
+    given = any(re.match(r"--run\.dir(=|$)", override) for override in options.overrides)
+    return config.load(options.config, Config, options.overrides if given else [*options.overrides, *here])
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -1,5 +1,7 @@
 """Perplexity and bits per byte of a trained model on held-out text."""
 
+import math
+
 import jax
 
 from lm.data.batches import Evaluation
@@ -20,7 +22,8 @@ def perplexity(trained: Trained, *, data_dir: str | None = None, split: str = "h
     config, directory = trained.config, data_dir or trained.config.data_dir
     if read_tokenizer(directory).fingerprint != trained.tokenizer.fingerprint:
         raise DataError(f"{directory} was built with another tokenizer than the model was trained with")
-    windows = Evaluation(directory, split, config.train.batch_size, config.train.sequence_length)
+    size = trained.mesh.size * math.ceil(config.train.batch_size / trained.mesh.size)  # the devices share it evenly
+    windows = Evaluation(directory, split, size, config.train.sequence_length)
     eval_step = jax.jit(make_eval_step(config))
     sharding = batch_sharding(trained.mesh)
     parts = (jax.device_put(windows.batch(i), sharding) for i in range(len(windows)))

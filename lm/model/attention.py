@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.kernels.attention import Places, attention
 from lm.model.config import ModelConfig
 from lm.model.initialization import Initializer
+from lm.model.linear import linear
 from lm.model.norms import Norm
 from lm.model.positions import rotary
 
@@ -62,9 +63,9 @@ class Attention(nnx.Module):
         self, x: jax.Array, places: Places, cache: KeyValues | None = None
     ) -> tuple[jax.Array, KeyValues | None]:
         """With a cache, x is what follows the tokens in it: keys and values are written at their positions."""
-        q = self._norm(_project(x, self.query, self.query_bias), self.query_norm)
-        k = self._norm(_project(x, self.key, self.key_bias), self.key_norm)
-        v = _project(x, self.value, self.value_bias)
+        q = self._norm(linear(x, self.query[...], _value(self.query_bias)), self.query_norm)
+        k = self._norm(linear(x, self.key[...], _value(self.key_bias)), self.key_norm)
+        v = linear(x, self.value[...], _value(self.value_bias))
         if self.rope_theta is not None:
             q = rotary(q, places.positions, self.rope_theta)
             k = rotary(k, places.positions, self.rope_theta)
@@ -79,8 +80,8 @@ class Attention(nnx.Module):
             sources = Places(jnp.ones_like(slots), slots)
         y = attention(q, k, v, queries=places, keys=sources, window=self.window, softcap=self.softcap)
         y = checkpoint_name(y, "attention")
-        y = jnp.einsum("bshd,hde->bse", y, self.output[...].astype(x.dtype))
-        return (y if self.output_bias is None else y + self.output_bias[...].astype(x.dtype)), cache
+        output = self.output[...].reshape(-1, x.shape[-1])
+        return linear(y.reshape(*x.shape[:2], -1), output, _value(self.output_bias)), cache
 
     def _norm(self, x: jax.Array, norm: Norm | None) -> jax.Array:
         if norm is None:
@@ -90,6 +91,5 @@ class Attention(nnx.Module):
         return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
 
-def _project(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-    y = jnp.einsum("bsd,dhe->bshe", x, weight[...].astype(x.dtype))
-    return y if bias is None else y + bias[...].astype(x.dtype)
+def _value(param: nnx.Param | None) -> jax.Array | None:
+    return None if param is None else param[...]

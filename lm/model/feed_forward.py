@@ -7,13 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from lm.kernels.gelu import gelu
 from lm.model.config import ModelConfig
 from lm.model.initialization import Initializer
+from lm.model.linear import linear
 
 _ACTIVATIONS = {
     "swiglu": jax.nn.silu,
     "geglu": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
 }
@@ -35,15 +37,11 @@ class FeedForward(nnx.Module):
         self.down_bias = nnx.Param(jnp.zeros(d, jnp.float32), axes=("embed",)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        up = x @ self.up[...].astype(x.dtype)
-        if self.up_bias is not None:
-            up = up + self.up_bias[...].astype(x.dtype)
-        up = checkpoint_name(up, "feed_forward_up")
+        up_bias, down_bias = (None if b is None else b[...] for b in (self.up_bias, self.down_bias))
+        up = checkpoint_name(linear(x, self.up[...], up_bias), "feed_forward_up")
         activation = _ACTIVATIONS[self.activation]
         if self.gate is None:
             hidden = activation(up)
         else:
-            gate = checkpoint_name(x @ self.gate[...].astype(x.dtype), "feed_forward_gate")
-            hidden = activation(gate) * up
-        y = hidden @ self.down[...].astype(x.dtype)
-        return y if self.down_bias is None else y + self.down_bias[...].astype(x.dtype)
+            hidden = activation(checkpoint_name(linear(x, self.gate[...]), "feed_forward_gate")) * up
+        return linear(hidden, self.down[...], down_bias)

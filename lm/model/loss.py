@@ -35,10 +35,11 @@ def next_token_loss(
     z_loss: float = 0.0,
     key: jax.Array | None = None,
     remat: Remat = "none",
+    unroll: int = 1,
 ) -> LossSums:
     """Cross-entropy of the targets given the tokens before them in the same document."""
     places = Places(batch["segments"], batch["positions"])
-    hidden, _ = model(batch["tokens"], places, dtype=dtype, key=key, remat=remat)
+    hidden, _ = model(batch["tokens"], places, dtype=dtype, key=key, remat=remat, unroll=unroll)
     total, nll = cross_entropy(
         hidden,
         model.output_weights,

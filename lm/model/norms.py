@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lm.kernels.normalize import normalize
 from lm.model.config import ModelConfig
 
 
@@ -17,12 +18,8 @@ class Norm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(size, jnp.float32), axes=(axis,)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        if self.kind == "layer":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        if self.scale is not None:
-            y = y * self.scale[...]
+        scale = None if self.scale is None else self.scale[...]
+        y = normalize(x.astype(jnp.float32), scale, center=self.kind == "layer", epsilon=self.epsilon)
         if self.bias is not None:
             y = y + self.bias[...]
         return y.astype(x.dtype)

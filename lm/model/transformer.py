@@ -105,8 +105,12 @@ class Transformer(nnx.Module):
         key: jax.Array | None = None,
         cache: Cache | None = None,
         remat: Remat = "none",
+        unroll: int = 1,
     ) -> tuple[jax.Array, Cache | None]:
-        """tokens and places int32 [B, S]; `key` turns dropout on. Returns hidden states and the cache written to."""
+        """tokens and places int32 [B, S]; `key` turns dropout on. Returns hidden states and the cache written to.
+
+        `unroll` layers (or groups of them) stand in the body of the loop: faster on a CPU, longer to compile.
+        """
         config = self.config
         if key is not None and config.dropout == 0:
             key = None
@@ -136,7 +140,7 @@ class Transformer(nnx.Module):
         groups = config.layers // period
         stacked_cache = {i: None if cache is None else cache[i] for i in graphs}
         firsts = jnp.arange(groups, dtype=jnp.int32) * period
-        x, stacked_cache = jax.lax.scan(group, x, (states, firsts, stacked_cache))
+        x, stacked_cache = jax.lax.scan(group, x, (states, firsts, stacked_cache), unroll=unroll)
 
         last_graphs, last_states = _split_all(self.last_layers)
         last_cache: dict[str, KeyValues | None] = {}

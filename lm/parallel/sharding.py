@@ -94,3 +94,8 @@ def like_parameters(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of the batch over all axes that carry data."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def check_batch(rows: int, mesh: Mesh) -> None:
+    """Raises ConfigError when the rows of a batch cannot be shared out evenly."""
+    spec(("batch",), (rows,), mesh, tensor="train.batch_size")

@@ -226,7 +226,12 @@ def _start_writing(path: epath.Path, state: Any) -> ocp.AsyncResponse[None]:
     context = ocp.Context()
     context.array.saving.use_compression = False  # weights hardly compress, and it takes five times as long
     with context:
-        return ocp.save_async(path, state)
+        return ocp.save_async(_absolute(path), state)
+
+
+def _absolute(path: epath.Path) -> epath.Path:
+    """Orbax takes no other local paths."""
+    return path if "://" in str(path) else path.absolute()
 
 
 def _load(folder: epath.Path, step: int, abstract_state: T) -> T:
@@ -234,7 +239,7 @@ def _load(folder: epath.Path, step: int, abstract_state: T) -> T:
     _check_same_arrays(folder, manifest.leaves, abstract_state)
     manifest.verify(folder)
     try:
-        state = ocp.load(folder / _STATE, abstract_state)
+        state = ocp.load(_absolute(folder / _STATE), abstract_state)
     except Exception as error:  # with sound files the fault is elsewhere, and older ones would meet it too
         raise StorageError(f"checkpoint {folder} is sound but cannot be loaded: {reason(error)}") from error
     loaded = state_digest(state)

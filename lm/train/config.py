@@ -20,13 +20,15 @@ class TrainConfig:
     """Parts that the batch is computed in, one after the other, before the one update: less memory, same result."""
     remat: Literal["none", "dots", "full"] = free("none")
     """What the backward pass computes again: nothing, all but products with weights, or whole layers."""
+    unroll: int = free(1)
+    """Layers in the body of the loop over layers. All of them is faster on a CPU; compiling takes longer."""
     z_loss: float = 0.0
     """Weight of logsumexp(logits)² in the loss (PaLM: 1e-4)."""
     max_bad_steps: int = free(20)
     """Steps in a row with a non-finite loss or gradient (none of them is applied) after which the run ends."""
 
     def check(self) -> Iterator[tuple[str, str]]:
-        for name in ("steps", "batch_size", "sequence_length", "accumulation", "max_bad_steps"):
+        for name in ("steps", "batch_size", "sequence_length", "accumulation", "unroll", "max_bad_steps"):
             if getattr(self, name) < 1:
                 yield name, f"must be at least 1, got {getattr(self, name)}"
         if self.accumulation >= 1 and self.batch_size % self.accumulation:

@@ -10,7 +10,7 @@ from lm import config as configs
 from lm.data.tokenizers import FILE_NAMES, Tokenizer, load_tokenizer
 from lm.errors import ConfigError, StorageError
 from lm.experiment import Config
-from lm.parallel.mesh import make_mesh
+from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
 from lm.train.run_directory import RunDirectory, is_run
 from lm.train.state import abstract_state
@@ -47,7 +47,8 @@ def load_trained(path: str, *, step: int | None = None) -> Trained:
 
     text = read_attachment(directory, step, "config.json").decode()
     config = configs.from_dict(Config, json.loads(text))
-    mesh = make_mesh(config.mesh)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(path)))  # it may have moved
+    mesh = make_mesh(MeshConfig())  # of the devices here, not of those it was trained on
     state = Checkpoints(directory, config.checkpoint, {}, print).restore(step, abstract_state(config, mesh))
     kind = config.data.tokenizer.kind
     tokenizer = load_tokenizer(kind, read_attachment(directory, step, FILE_NAMES[kind]))

@@ -29,8 +29,9 @@ from lm.experiment import Config
 from lm.model.flops import flops_per_token, parameter_count, peak_flops
 from lm.model.loss import Batch
 from lm.parallel.mesh import make_mesh
-from lm.parallel.sharding import batch_sharding
+from lm.parallel.sharding import batch_sharding, check_batch
 from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
+from lm.train.host_memory import keep_freed_memory
 from lm.train.heldout import HeldOut, held_out_loss
 from lm.train.meter import Meter
 from lm.train.progress import Progress, human_count, human_seconds
@@ -52,8 +53,11 @@ def train(config: Config, *, stream: TextIO | None) -> None:
     Progress is printed to `stream`. Raises LmError, whose exit code says how the run ended: Stopped when a
     signal ended it after a save, DivergedError, DataError, StorageError, or ConfigError before anything happened.
     """
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     mesh = make_mesh(config.mesh)
     abstract = abstract_state(config, mesh)
+    check_batch(config.train.batch_size, mesh)
     with (
         stop_signals() as stop,
         RunDirectory(config.run.dir) as directory,

@@ -1,5 +1,8 @@
 """Whether a run directory may be continued with the config at hand."""
 
+import jax
+import numpy as np
+
 from lm.config import Difference, diff, format_diff
 from lm.errors import ConfigError
 from lm.experiment import Config
@@ -33,10 +36,7 @@ def _is_schedule(difference: Difference) -> bool:
 
 
 def _same_rates(saved: Config, config: Config, done: int) -> bool:
-    before, after = (
-        learning_rate(saved.optim, saved.train.steps),
-        learning_rate(config.optim, config.train.steps),
-    )
     # Schedules are made of a few pieces: a thousand samples and the last step tell them apart.
-    steps = {*range(0, done, max(done // 1000, 1)), done - 1}
-    return all(float(before(step)) == float(after(step)) for step in steps)
+    steps = np.array([*range(0, done, max(done // 1000, 1)), done - 1], np.int32)
+    before, after = (jax.vmap(learning_rate(c.optim, c.train.steps))(steps) for c in (saved, config))
+    return bool((before == after).all())

@@ -80,7 +80,9 @@ def _accumulate(config: Config, params: Any, batch: Batch, key: jax.Array) -> tu
 
     def total(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, LossSums]:
         model = bind(config.model, params)
-        sums = next_token_loss(model, part, dtype=dtype, z_loss=train.z_loss, key=key, remat=train.remat)
+        sums = next_token_loss(
+            model, part, dtype=dtype, z_loss=train.z_loss, key=key, remat=train.remat, unroll=train.unroll
+        )
         return sums.total, sums
 
     gradient = jax.grad(total, has_aux=True)

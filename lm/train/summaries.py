@@ -59,7 +59,7 @@ class Summaries:
     """
 
     def __init__(self, run: RunDirectory, *, first_step: int, report: Callable[[str], None]):
-        self._begin = self._next_step = first_step + 1 if first_step else 0
+        self._begin = self._next_step = first_step
         earlier = list(run.tensorboard.glob("events.out.tfevents.*"))
         _cut(run.metrics, _lines_before, self._begin, report)
         for file in earlier:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.kernels.attention import Places, attention
+from lm.kernels.attention import Places, attention, blocks
+from lm.kernels.attention.reference import reference_attention
 
 
 def by_loops(q, k, v, segments, positions, window, softcap):
@@ -69,3 +70,32 @@ def test_no_gradient_crosses_a_document():
     gradient = jax.grad(second_document)(x)
     assert np.all(np.asarray(gradient[:, :3]) == 0)
     assert np.all(np.abs(np.asarray(gradient[:, 3:])).sum(axis=(0, 2, 3)) > 0)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize(("window", "softcap"), [(0, None), (9, None), (9, 2.0), (3, None)])
+def test_blocks_of_queries_are_as_all_at_once(monkeypatch, kv_heads, window, softcap):
+    """Values and gradients, with rows that no block size divides and documents across the edges of blocks."""
+    monkeypatch.setattr(blocks, "SMALLEST_BLOCK", 4)
+    rng = np.random.default_rng(kv_heads)
+    q, weights = jnp.array(rng.normal(size=(2, 2, 27, 4, 6)), jnp.float32)
+    k, v = jnp.array(rng.normal(size=(2, 2, 27, kv_heads, 6)), jnp.float32)
+    segments, positions = map(jnp.array, packed(rng, 2, 27))
+    places = Places(segments, positions)
+    real = (segments > 0)[..., None, None]  # what padding sees is of no consequence
+    weights = weights * real
+
+    def fast(q, k, v):
+        return attention(q, k, v, queries=places, keys=places, window=window, softcap=softcap)
+
+    def slow(q, k, v):
+        return reference_attention(
+            q, k, v, query_segments=segments, query_positions=positions, key_segments=segments,
+            key_positions=positions, window=window, softcap=softcap,
+        )  # fmt: skip
+
+    def run(function):
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(function(*a) * weights), argnums=(0, 1, 2)))(q, k, v)
+
+    np.testing.assert_allclose(fast(q, k, v) * real, slow(q, k, v) * real, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), run(fast), run(slow))

@@ -103,8 +103,8 @@ def test_tensorboard_has_a_section_for_each_kind(tmp_path: Path) -> None:
 
 def test_a_step_is_logged_once_and_in_order(tmp_path: Path) -> None:
     log = start(tmp_path, first_step=4)
-    with pytest.raises(ValueError, match="step 4 is logged already: the next can be 5"):
-        log.scalars(4, {"loss": 1.0})
+    with pytest.raises(ValueError, match="step 3 is logged already: the next can be 4"):
+        log.scalars(3, {"loss": 1.0})
     log.scalars(7, {"loss": 1.0})
     with pytest.raises(ValueError, match="step 7"):
         log.scalars(7, {"heldout_loss": 1.0})
@@ -144,11 +144,11 @@ def test_a_run_that_was_killed_and_resumed_has_every_step_once(tmp_path: Path) -
     for first_step, last_step in ((40, 45), (42, 50)):
         log = start(tmp_path, first_step)
         log.config(f"start after {first_step}")
-        for step in range(first_step + 1, last_step + 1):
+        for step in range(first_step, last_step + 1):
             log.scalars(step, {"loss": -float(step), "tokens": 100 * step})
         log.close()
 
-    expected = [(step, step + 0.5 if step <= 40 else -step) for step in range(1, 51)]
+    expected = [(step, step + 0.5 if step < 40 else -step) for step in range(1, 51)]
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == expected
     assert points(tmp_path, "train/loss") == expected
     # TensorBoard's data server knows nothing of starts: lost points must not be in the files.
@@ -163,7 +163,7 @@ def test_a_tensorboard_that_is_open_forgets_lost_steps(tmp_path: Path) -> None:
         log.scalars(step, {"loss": 1.0, "heldout_loss": 1.0})
     log.close()
     board = dashboard(tmp_path)
-    start(tmp_path, first_step=1).scalars(2, {"loss": 2.0})
+    start(tmp_path, first_step=2).scalars(2, {"loss": 2.0})
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1.0), (2, 2.0)]
     assert [event.step for event in board.Scalars("heldout/loss")] == [1]
@@ -219,10 +219,10 @@ def test_a_clock_that_was_set_back_does_not_bring_lost_steps_back(
     for first_step, now in ((0, 2e9), (3, 1e9)):
         monkeypatch.setattr(time, "time", lambda now=now: now)
         log = start(tmp_path, first_step)
-        for step in range(first_step + 1, first_step + 6):
+        for step in range(first_step, first_step + 5):
             log.scalars(step, {"loss": float(first_step)})
         log.close()
-    assert points(tmp_path, "train/loss") == [(step, 0.0 if step <= 3 else 3.0) for step in range(1, 9)]
+    assert points(tmp_path, "train/loss") == [(step, 0.0 if step < 3 else 3.0) for step in range(8)]
 
 
 def test_storage_that_fails_is_told_once_per_file_and_never_raises(tmp_path: Path) -> None:

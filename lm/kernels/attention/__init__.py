@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 
-from lm.kernels.attention.reference import reference_attention
+from lm.kernels.attention.blocks import attention_in_blocks
 
 
 class Places(NamedTuple):
@@ -27,9 +27,12 @@ def attention(
     """Attention of q [B, S, H, d] over k, v [B, T, K, d], where K divides H. Returns [B, S, H, d] in q's dtype.
 
     Scores are scaled by 1 / sqrt(d). `window`: how many positions back a token sees, itself included; 0 is all.
-    `softcap`: scores become softcap * tanh(score / softcap) before the mask.
+    `softcap`: scores become softcap * tanh(score / softcap) before the mask. When `queries` and `keys` are one
+    object (a sequence that looks at itself), positions must grow along the row within each segment.
+
+    The obvious form of it is `lm.kernels.attention.reference`.
     """
-    return reference_attention(
+    return attention_in_blocks(
         q,
         k,
         v,
@@ -39,4 +42,5 @@ def attention(
         key_positions=keys.positions,
         window=window,
         softcap=softcap,
+        same_tokens=queries is keys,
     )

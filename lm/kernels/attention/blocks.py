@@ -1,0 +1,70 @@
+"""Attention in plain XLA that leaves out what the causal mask hides: each block of queries meets only the keys up to
+its end, and with a window only those from its reach on. Up to 7/16 of the scores are never computed."""
+
+import jax
+import jax.numpy as jnp
+
+SMALLEST_BLOCK = 64
+MOST_BLOCKS = 8
+"""More would save little and cost time to compile."""
+
+
+def attention_in_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    query_segments: jax.Array,
+    query_positions: jax.Array,
+    key_segments: jax.Array,
+    key_positions: jax.Array,
+    window: int,
+    softcap: float | None,
+    same_tokens: bool,
+) -> jax.Array:
+    """See `lm.kernels.attention.attention`. Scores and softmax are float32."""
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    # Heads before tokens: both products are then batches of plain matrix products.
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q * jnp.asarray(head_dim**-0.5, q.dtype)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+    count = max(1, min(MOST_BLOCKS, length // SMALLEST_BLOCK)) if same_tokens else 1
+    size = -(-length // count)
+    results = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        first = max(0, start - window + 1) if same_tokens and window else 0
+        last = stop if same_tokens else k.shape[2]
+        distance = query_positions[:, start:stop, None] - key_positions[:, None, first:last]
+        visible = (query_segments[:, start:stop, None] == key_segments[:, None, first:last]) & (distance >= 0)
+        if window:
+            visible &= distance < window
+        keys, values = k[:, :, first:last], v[:, :, first:last]
+        scores = jnp.einsum("bkgsd,bktd->bkgst", q[:, :, :, start:stop], keys, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        weights = _softmax(scores).astype(v.dtype)
+        results.append(jnp.einsum("bkgst,bktd->bkgsd", weights, values))
+    out = results[0] if len(results) == 1 else jnp.concatenate(results, axis=3)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+
+
+@jax.custom_vjp
+def _softmax(scores: jax.Array) -> jax.Array:
+    """Over the last axis; the gradient needs only the result, and autodiff would keep more."""
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def _softmax_forward(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weights = _softmax(scores)
+    return weights, weights
+
+
+def _softmax_backward(weights: jax.Array, d: jax.Array) -> tuple[jax.Array]:
+    return (weights * (d - jnp.sum(weights * d, axis=-1, keepdims=True)),)
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)

@@ -1,0 +1,127 @@
+"""A tiny run, the processes that train it, and what they leave behind."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import lm as package
+
+Lm = Callable[..., subprocess.CompletedProcess[str]]
+
+CONFIG = """
+from lm.data.config import DataConfig, TokenizerConfig
+from lm.experiment import Config, RunConfig
+from lm.model.config import ModelConfig
+from lm.optim.config import OptimConfig
+from lm.train.config import CheckpointConfig, EvalConfig, LogConfig, SampleConfig, TrainConfig
+
+config = Config(
+    run=RunConfig(dir="run"),
+    model=ModelConfig(vocab_size=258, layers=1, width=16, heads=2),
+    data=DataConfig(
+        paths=("text",), tokenizer=TokenizerConfig(kind="bytes"), holdout_fraction=0.2, workers=1
+    ),
+    optim=OptimConfig(warmup_steps=3),
+    train=TrainConfig(steps=12, batch_size=4, sequence_length=32),
+    checkpoint=CheckpointConfig(every=3, keep_last=3),
+    eval=EvalConfig(every=4, batches=2),
+    sample=SampleConfig(tokens=0),
+    log=LogConfig(every=1),
+)
+"""
+
+# As `python -m lm`, but the process gets a signal when it has logged so many steps: then one more is under way.
+SIGNALLED = """
+import os, signal, sys
+from lm.cli import main
+from lm.train.progress import Progress
+
+update = Progress.update
+
+def update_and_signal(self, step, values):
+    update(self, step, values)
+    if step == {step}:
+        os.kill(os.getpid(), {number})
+
+Progress.update = update_and_signal
+sys.exit(main())
+"""
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config, tiny.py, and the folder of text files that it names."""
+    folder = tmp_path_factory.mktemp("workplace")
+    # The processes run there, and run the code that is tested, not another that is installed.
+    os.environ["PYTHONPATH"] = str(Path(package.__file__).parent.parent)
+    (folder / "tiny.py").write_text(CONFIG)
+    (folder / "text").mkdir()
+    draw = random.Random(0)
+    words = "the cat saw a dog on mat and ran to old tree".split()
+    for number in range(40):
+        text = " ".join(draw.choice(words) for _ in range(50))
+        (folder / "text" / f"{number}.txt").write_text(text + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lm(workplace: Path) -> Lm:
+    """Runs `python -m lm …` in the workplace; `after` and `number` send that signal when so many steps are logged."""
+
+    def run(
+        *arguments: str | Path, code: int = 0, after: int | None = None, number: int = signal.SIGTERM, text: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        program = ["-m", "lm"] if after is None else ["-c", SIGNALLED.format(step=after, number=int(number))]
+        command = [sys.executable, *program, *map(str, arguments)]
+        ended = subprocess.run(command, cwd=workplace, input=text, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == code, ended.stdout + ended.stderr
+        return ended
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(lm: Lm, workplace: Path) -> Path:
+    """A finished run that nothing happened to. Not to be changed."""
+    ended = lm("train", "tiny.py", "--run.dir", "undisturbed")
+    assert ended.stderr == ""
+    return workplace / "undisturbed"
+
+
+@pytest.fixture(scope="session")
+def stopped(lm: Lm, workplace: Path) -> Path:
+    """The same run, stopped by SIGTERM with 8 steps done. Not to be changed."""
+    lm("train", "tiny.py", "--run.dir", "stopped", code=75, after=7)
+    return workplace / "stopped"
+
+
+@pytest.fixture
+def in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """For tests that run `main` in their own process: there, on one device."""
+    import jax
+
+    devices = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.chdir(workplace)
+    return workplace
+
+
+SPEED = {"tokens_per_second", "step_seconds", "input_wait_seconds", "model_flops_per_second"}
+
+
+@pytest.fixture(scope="session")
+def logged() -> Callable[[Path], list[dict[str, float]]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+
+    def read(run: Path) -> list[dict[str, float]]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
+
+    return read

@@ -1,0 +1,270 @@
+"""Every verb as a user types it, and what it says when it cannot do what was typed."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+from lm.cli import main
+
+Lm = Callable[..., subprocess.CompletedProcess[str]]
+Error = Callable[[int, list[str]], str]
+
+
+@pytest.fixture
+def error(in_workplace: Path, capsys: pytest.CaptureFixture[str]) -> Error:
+    """Runs `main`, which must end with `code` and one line on standard error, and nothing new in the workplace."""
+
+    def run(code: int, arguments: list[str]) -> str:
+        before = sorted(in_workplace.rglob("*"))
+        try:
+            found = main(arguments)
+        except SystemExit as usage:  # argparse
+            found = int(str(usage.code))
+        [*_, line] = capsys.readouterr().err.splitlines()
+        assert found == code, line
+        if code == 2:
+            assert sorted(in_workplace.rglob("*")) == before
+        assert line.startswith("lm")
+        return line
+
+    return run
+
+
+def test_the_run_directory_holds_what_it_should(undisturbed: Path) -> None:
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names == {".lock", "checkpoints", "config.json", "data", "log.txt", "metrics.jsonl", "tensorboard"}
+    assert json.loads((undisturbed / "config.json").read_text())["train"]["steps"] == 12
+    log = (undisturbed / "log.txt").read_text()
+    assert "step 12/12  loss " in log
+    assert "held-out: " in log
+
+
+def test_metrics_have_the_keys_that_others_rely_on(undisturbed: Path) -> None:
+    *lines, last = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    for k, line in enumerate(lines):
+        assert line["step"] == k
+        assert line.keys() >= {"loss", "bits_per_byte", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
+        assert line["tokens"] == (k + 1) * 4 * 32
+    assert {line["step"] for line in [*lines, last] if "heldout_loss" in line} == {4, 8, 12}
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_tensorboard_shows_the_run(lm: Lm, workplace: Path) -> None:
+    options = ["--sample.tokens=5", "--sample.prompt=the ", "--train.steps=6", "--eval.every=3"]
+    lm("train", "tiny.py", "--run.dir=shown", *options)
+    folder = workplace / "shown" / "tensorboard"
+    board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    logged = [json.loads(line) for line in (workplace / "shown" / "metrics.jsonl").read_text().splitlines()]
+    for tag, name in {
+        "train/loss": "loss",
+        "train/bits_per_byte": "bits_per_byte",
+        "optimizer/learning_rate": "learning_rate",
+        "optimizer/grad_norm": "grad_norm",
+        "optimizer/param_norm": "param_norm",
+        "optimizer/update_norm": "update_norm",
+        "speed/tokens_per_second": "tokens_per_second",
+        "speed/model_flops_per_second": "model_flops_per_second",
+        "speed/step_seconds": "step_seconds",
+        "speed/input_wait_seconds": "input_wait_seconds",
+        "heldout/loss": "heldout_loss",
+        "heldout/bits_per_byte": "heldout_bits_per_byte",
+    }.items():
+        shown = {event.step: event.value for event in board.Scalars(tag)}
+        assert shown == pytest.approx({line["step"]: line[name] for line in logged if name in line}, rel=1e-6), tag
+
+    def texts(tag: str) -> list[str]:
+        return [tensor_util.make_ndarray(event.tensor_proto).item().decode() for event in board.Tensors(tag)]
+
+    assert '"dir": "shown"' in texts("config")[0]
+    assert [event.step for event in board.Tensors("sample")] == [3, 6]
+    assert all(text.startswith("    the ") for text in texts("sample"))
+
+
+def test_config_show_and_diff(lm: Lm, undisturbed: Path) -> None:
+    shown = lm("config", "show", "tiny.py", "--train.steps", "50").stdout
+    assert "train.steps = 50\n" in shown
+    assert "parameters             8,272" in shown
+    assert "embedding" in shown
+    as_json = lm("config", "show", undisturbed, "--json").stdout
+    assert json.loads(as_json)["run"]["dir"] == str(undisturbed)
+    assert lm("config", "diff", "tiny.py", undisturbed).stdout == (
+        "run.dir: 'run' -> 'undisturbed'  (may change on resume)\n"
+    )
+    assert lm("config", "diff", undisturbed, undisturbed).stdout == "no difference\n"
+
+
+def test_data_build_and_show(lm: Lm, workplace: Path, undisturbed: Path) -> None:
+    lm("data", "build", "tiny.py", "--data.dir", "built")
+    files = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (workplace / "built").iterdir()}
+    lm("data", "build", "tiny.py", "--data.dir", "built")
+    again = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (workplace / "built").iterdir()}
+    assert again == files
+    for step in (0, 10**6):
+        shown = lm("data", "show", undisturbed, "--step", step).stdout
+        assert shown.startswith(f"step {step}, epoch ")
+        assert shown.count("── row ") == 4
+        assert shown == lm("data", "show", "tiny.py", "--data.dir=built", "--step", step).stdout
+
+
+def test_checkpoint_list(lm: Lm, undisturbed: Path) -> None:
+    rows = [line.split() for line in lm("checkpoint", "list", undisturbed).stdout.splitlines()]
+    assert rows[-1][0] == "12"
+    assert all(len(digest) == 64 and int(digest, 16) for _, digest in rows)
+
+
+def test_eval_is_repeatable_and_what_the_run_printed(lm: Lm, undisturbed: Path) -> None:
+    first, second = (lm("eval", undisturbed, "--json").stdout for _ in range(2))
+    assert first == second
+    values = json.loads(first)
+    [*_, last] = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert (values["step"], values["loss"]) == (12, last["heldout_loss"])
+    assert values["bits_per_byte"] == last["heldout_bits_per_byte"]
+    assert f"loss {values['loss']:.4f} nats per token" in (undisturbed / "log.txt").read_text()
+
+
+def test_eval_of_an_older_step_of_other_data_and_of_training_text(
+    in_workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def values(*options: str) -> dict[str, float]:
+        capsys.readouterr()
+        assert main(["eval", str(undisturbed), "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    newest, train = values(), values("--split=train")
+    assert values("--step=3")["loss"] > newest["loss"]
+    assert train["bytes"] > newest["bytes"]
+    assert values(f"--data={undisturbed}/data") == newest
+    assert main(["eval", str(undisturbed)]) == 0
+    assert f"perplexity     {newest['perplexity']:.6f}\n" in capsys.readouterr().out
+
+
+def test_generate(lm: Lm, undisturbed: Path) -> None:
+    greedy = ("generate", undisturbed, "--temperature=0", "--max-tokens=12")
+    one = lm(*greedy, "--prompt", "the cat").stdout
+    assert one == lm(*greedy, "--prompt-file", "-", text="the cat").stdout
+    assert one.startswith("the cat")
+    several = lm(*greedy, "--prompt", "the cat", "--prompt", "a").stdout
+    assert several.startswith("--- 1 of 2 ---\n" + one + "--- 2 of 2 ---\na")
+
+
+def test_generate_with_scores_and_stops(
+    in_workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*options: str) -> str:
+        capsys.readouterr()
+        assert main(["generate", str(undisturbed), "--prompt=the", "--max-tokens=9", *options]) == 0
+        return capsys.readouterr().out
+
+    drawn = said("--seed=1")
+    assert drawn == said("--seed=1")
+    assert drawn != said("--seed=2")
+    text = said("--temperature=0").removeprefix("the").removesuffix("\n")
+    assert said("--temperature=0", f"--stop={text[0]}") == "the\n"
+    scores = said("--scores", "--temperature=0", "--threshold=0.5")
+    assert len(scores.splitlines()) >= 9
+
+
+def test_help_is_there_for_every_verb(lm: Lm, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "exit codes: 0 done" in lm("--help").stdout
+    for verb in ("train", "eval", "generate", "config show", "config diff", "data build", "data show", "checkpoint list"):
+        with pytest.raises(SystemExit) as ended:
+            main([*verb.split(), "--help"])
+        assert ended.value.code == 0
+        assert f"usage: lm {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "tiny.py", "--train.step", "5"], "train.steps"),
+        (["train", "tiny.py", "--train.steps", "many"], "train.steps"),
+        (["train", "tiny.py", "--train.steps=0"], "train.steps: must be at least 1, got 0"),
+        (["train", "tiny.py", "--model.heads=3"], "model.heads"),
+        (["train", "tiny.py", "--mesh.fsdp=3"], "fsdp 3"),
+        (["train", "tinny.py"], "did you mean tiny.py?"),
+        (["train", "text"], "text: not a run directory, it has no config.json"),
+        (["train", "text/1.txt"], "a config is a .py file"),
+        (["train"], "the following arguments are required: CONFIG"),
+        (["trian", "tiny.py"], "invalid choice: 'trian'"),
+        (["eval", "text"], "text is not a run"),
+        (["eval", "undisturbed", "--step=5"], "undisturbed has no checkpoint 5; there are "),
+        (["eval", "undisturbed", "--train.steps=5"], "unrecognized arguments: --train.steps=5"),
+        (["generate", "nowhere"], "nowhere is not a run"),
+        (["generate", "undisturbed", "--temperature=-1"], "temperature"),
+        (["generate", "undisturbed", "--top-p=0"], "top"),
+        (["checkpoint", "list", "text"], "text is not a run"),
+        (["config", "diff", "tiny.py", "nowhere"], "nowhere"),
+        (["data", "show", "undisturbed", "--step=-1"], "--step must be at least 0, got -1"),
+        (["data", "show", "undisturbed"], "required: --step"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_line(
+    arguments: list[str], said: str, error: Error, undisturbed: Path
+) -> None:
+    assert said in error(2, arguments)
+
+
+def test_configs_that_cannot_be_read(error: Error, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("config = (\n")
+    assert f"{broken}:1: " in error(2, ["train", str(broken)])
+    other = tmp_path / "other.json"
+    other.write_bytes(b"\xff\xfe{")
+    assert f"{other}: not JSON" in error(2, ["train", str(other)])
+
+
+def test_data_that_cannot_be_used(error: Error, tmp_path: Path, in_workplace: Path) -> None:
+    run = f"--run.dir={tmp_path}/run"
+    assert "nowhere" in error(3, ["train", "tiny.py", run, "--data.paths=nowhere"])
+    (tmp_path / "empty.txt").write_text("")
+    assert "empty" in error(3, ["train", "tiny.py", run, f"--data.paths={tmp_path}/empty.txt"])
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    assert "latin.txt" in error(3, ["train", "tiny.py", run, f"--data.paths={tmp_path}/latin.txt"])
+    assert not (tmp_path / "run" / "checkpoints" / "0").exists()
+    missing = error(3, ["data", "show", "tiny.py", f"--data.dir={tmp_path}/none", "--step=0"])
+    assert f"{tmp_path}/none" in missing
+
+
+def test_a_vocabulary_that_is_not_the_tokenizer_s(error: Error, tmp_path: Path) -> None:
+    line = error(2, ["train", "tiny.py", f"--run.dir={tmp_path}/run", "--model.vocab_size=300"])
+    assert "model.vocab_size is 300" in line
+    assert "has 258 ids: write --model.vocab_size 258" in line
+
+
+def test_a_batch_that_the_devices_cannot_share(tmp_path: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [f"--run.dir={tmp_path}/run", f"--data.paths={workplace}/text", "--train.batch_size=6"]
+    assert main(["train", str(workplace / "tiny.py"), *arguments]) == 2
+    assert "train.batch_size (6,): batch of 6 cannot be split over mesh axes fsdp of 8" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_sequences_of_one_token(in_workplace: Path, tmp_path: Path) -> None:
+    options = ["--train.sequence_length=1", "--train.steps=2", "--eval.every=1"]
+    assert main(["train", "tiny.py", f"--run.dir={tmp_path}/run", *options]) == 0
+    assert main(["eval", f"{tmp_path}/run"]) == 0
+
+
+def test_a_run_that_was_moved(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for verb in (["config", "show"], ["eval"], ["data", "show", "--step=3"]):
+        assert main([*verb, "moved"]) == 0
+    assert "run.dir = 'moved'" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough(workplace: Path, undisturbed: Path) -> None:
+    command = f"{sys.executable} -m lm data show undisturbed --step 0 | head -1"
+    ended = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=workplace, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("step 0")
