@@ -126,9 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("config", metavar="CONFIG")
     verb = add(data, "show", _data_show, "the text of the batch of any step", overrides=True)
     verb.add_argument("config", metavar="RUN_OR_CONFIG")
-    verb.add_argument(
-        "--step", type=int, required=True, metavar="K", help="counted from 0, as in metrics.jsonl"
-    )
+    verb.add_argument("--step", type=int, required=True, metavar="K", help="counted from 0, as in metrics.jsonl")
 
     checkpoints = add_group("checkpoint", "look at checkpoints")
     verb = add(checkpoints, "list", _checkpoint_list, "each step and the digest of its state")

@@ -47,7 +47,8 @@ def test_published_sizes(name: str, parameters: int, look_ups: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh", "state_bytes"), [("gpt2_124m", MeshConfig(fsdp=1), 1.5e9), ("llama3_8b", MeshConfig(fsdp=8), 12.1e9)]
+    ("name", "mesh", "state_bytes"),
+    [("gpt2_124m", MeshConfig(fsdp=1), 1.5e9), ("llama3_8b", MeshConfig(fsdp=8), 12.1e9)],
 )
 def test_the_train_step_of_a_large_config_lowers(name: str, mesh: MeshConfig, state_bytes: float) -> None:
     config = load(name)
@@ -55,10 +56,10 @@ def test_the_train_step_of_a_large_config_lowers(name: str, mesh: MeshConfig, st
     check_batch(config.train.batch_size, on)
     state = abstract_state(config, on)
     shape = (config.train.batch_size, config.train.sequence_length)
-    kinds = {name: jnp.int32 for name in ("tokens", "targets", "segments", "positions")} | {"loss_mask": jnp.float32}
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(on)) for name, kind in kinds.items()
-    } | {"bytes": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=batch_sharding(on))}
+    kinds = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {"loss_mask": jnp.float32}
+    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(on)) for name, kind in kinds.items()} | {
+        "bytes": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=batch_sharding(on))
+    }
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
     lowered = step.lower(state, batch)

@@ -21,6 +21,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
         config.warmup_steps,
     )
     rest = max(steps - warmup, 1)
+    after: optax.Schedule
     if config.schedule == "constant":
         after = optax.constant_schedule(peak)
     elif config.schedule == "cosine":

@@ -42,6 +42,4 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"{len(devices)} device(s); the product must be {len(devices)}, or leave one axis at -1"
         )
     names = tuple(filled)
-    return jax.make_mesh(
-        tuple(filled.values()), names, axis_types=(AxisType.Auto,) * len(names), devices=devices
-    )
+    return jax.make_mesh(tuple(filled.values()), names, axis_types=(AxisType.Auto,) * len(names), devices=devices)

@@ -34,9 +34,7 @@ def spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, *, tensor: s
             raise ConfigError(f"{tensor}: no rule for axis {name!r}; there are {', '.join(RULES)}")
         targets = tuple(axis for axis in RULES[name] if mesh.shape[axis] > 1)
         if used & set(targets):
-            raise ConfigError(
-                f"{tensor}: axes {axes} put two dimensions on mesh axis {(used & set(targets)).pop()}"
-            )
+            raise ConfigError(f"{tensor}: axes {axes} put two dimensions on mesh axis {(used & set(targets)).pop()}")
         used |= set(targets)
         split = math.prod(mesh.shape[axis] for axis in targets)
         if size % split:
@@ -56,14 +54,8 @@ def tree_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
         tensor = ".".join(str(key.key) for key in path)
         sharding = NamedSharding(mesh, spec(leaf_axes, leaf.shape, mesh, tensor=tensor))
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
-        if (
-            mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
-            and size > LARGE_BYTES
-            and sharding.is_fully_replicated
-        ):
-            raise ConfigError(
-                f"{tensor} {leaf.shape}: {size:,} bytes would be on every device; no rule splits it"
-            )
+        if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and size > LARGE_BYTES and sharding.is_fully_replicated:
+            raise ConfigError(f"{tensor} {leaf.shape}: {size:,} bytes would be on every device; no rule splits it")
         shardings.append(sharding)
     return jax.tree.unflatten(structure, shardings)
 

@@ -50,7 +50,7 @@ class Summaries:
 
     What an earlier start of the run logged beyond `first_step` is undone, as those steps are run again:
     metrics.jsonl and the event files are cut there, and a TensorBoard that has them in memory is told to
-    forget them. `first_step` 0 begins anew.
+    forget them. Steps are counted from 0: `first_step` is the first that can be logged now.
 
     Once training goes on, failing storage never raises: it is told to `report` once per file.
 

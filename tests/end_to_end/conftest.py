@@ -64,7 +64,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tiny.py").write_text(CONFIG)
     (folder / "text").mkdir()
     draw = random.Random(0)
-    words = "the cat saw a dog on mat and ran to old tree".split()
+    words = ["the", "cat", "saw", "a", "dog", "on", "mat", "and", "ran", "to", "old", "tree"]
     for number in range(40):
         text = " ".join(draw.choice(words) for _ in range(50))
         (folder / "text" / f"{number}.txt").write_text(text + "\n")

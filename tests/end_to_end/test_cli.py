@@ -173,7 +173,16 @@ def test_generate_with_scores_and_stops(
 
 def test_help_is_there_for_every_verb(lm: Lm, capsys: pytest.CaptureFixture[str]) -> None:
     assert "exit codes: 0 done" in lm("--help").stdout
-    for verb in ("train", "eval", "generate", "config show", "config diff", "data build", "data show", "checkpoint list"):
+    for verb in (
+        "train",
+        "eval",
+        "generate",
+        "config show",
+        "config diff",
+        "data build",
+        "data show",
+        "checkpoint list",
+    ):
         with pytest.raises(SystemExit) as ended:
             main([*verb.split(), "--help"])
         assert ended.value.code == 0
@@ -238,7 +247,9 @@ def test_a_vocabulary_that_is_not_the_tokenizer_s(error: Error, tmp_path: Path) 
     assert "has 258 ids: write --model.vocab_size 258" in line
 
 
-def test_a_batch_that_the_devices_cannot_share(tmp_path: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_that_the_devices_cannot_share(
+    tmp_path: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [f"--run.dir={tmp_path}/run", f"--data.paths={workplace}/text", "--train.batch_size=6"]
     assert main(["train", str(workplace / "tiny.py"), *arguments]) == 2
     assert "train.batch_size (6,): batch of 6 cannot be split over mesh axes fsdp of 8" in capsys.readouterr().err

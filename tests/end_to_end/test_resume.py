@@ -43,7 +43,9 @@ def copy(stopped: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(stopped, tmp_path / "copy"))
 
 
-def test_stopped_and_resumed_is_undisturbed(lm: Lm, undisturbed: Path, stopped: Path, copy: Path, logged: Logged) -> None:
+def test_stopped_and_resumed_is_undisturbed(
+    lm: Lm, undisturbed: Path, stopped: Path, copy: Path, logged: Logged
+) -> None:
     assert max(digests(stopped)) == STOPPED_AT
     assert [line["step"] for line in logged(stopped)] == list(range(STOPPED_AT))
     before = contents(stopped)
@@ -120,14 +122,28 @@ def test_another_experiment_is_refused(
     assert contents(copy) == before
 
 
-def test_other_data_in_the_same_place_is_refused(
-    workplace: Path, copy: Path, tmp_path: Path, in_workplace: Path, capsys: pytest.CaptureFixture[str]
+def test_data_that_was_built_from_other_files_is_refused(
+    copy: Path, tmp_path: Path, in_workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["data", "build", "tiny.py", "--data.paths=text/1*.txt", f"--data.dir={tmp_path}/other"]) == 0
-    code = main(["train", str(copy), f"--data.dir={tmp_path}/other"])
-    assert code in (2, 3)
-    assert str(tmp_path / "other") in capsys.readouterr().err
-    assert max(digests(copy)) == STOPPED_AT
+    before = contents(copy / "checkpoints")
+    assert main(["train", str(copy), f"--data.dir={tmp_path}/other"]) == 3
+    assert f"{tmp_path}/other" in capsys.readouterr().err
+    assert contents(copy / "checkpoints") == before
+
+
+def test_files_that_say_something_else_by_now_are_refused(
+    copy: Path, tmp_path: Path, in_workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(in_workplace / "text", tmp_path / "text")
+    shutil.rmtree(copy / "data")  # so that it is built again
+    (tmp_path / "text" / "3.txt").write_text("another story " * 30)
+    monkeypatch.chdir(tmp_path)
+    before = contents(copy / "checkpoints")
+    assert main(["train", str(copy)]) == 2
+    error = capsys.readouterr().err
+    assert f"checkpoint {STOPPED_AT} was trained on other data than {copy}/data holds now" in error
+    assert contents(copy / "checkpoints") == before
 
 
 def test_what_is_free_may_change(copy: Path, in_workplace: Path, logged: Logged, undisturbed: Path) -> None:
@@ -250,7 +266,7 @@ def test_nothing_is_compiled_once_training_is_under_way(in_workplace: Path, monk
         nonlocal done
         done = step
 
-    def listen(event: str, duration: float, **details: object) -> None:
+    def listen(event: str, duration_secs: float, **details: str | int) -> None:
         if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
             compiled.append((str(details["fun_name"]), done))
 

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ SHAPES = {"embedding": (5, 4), "layers": {"0": {"up": (2, 4, 6), "up_bias": (2, 
 def draw(seed: int, size: float = 1.0) -> dict:
     generator = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda shape: (size * generator.normal(size=shape)).astype(np.float32),
+        lambda shape: np.asarray(size * generator.normal(size=shape), np.float32),
         SHAPES,
         is_leaf=lambda node: isinstance(node, tuple),
     )
@@ -44,7 +45,9 @@ def adamw(config: OptimConfig, params: dict, gradients: list[dict], rate: float)
 
 @pytest.mark.parametrize("clip_norm", [None, 1.5])
 @pytest.mark.parametrize("decayed", ["matrices", "matrices_and_embeddings"])
-def test_updates_are_those_of_the_paper(clip_norm: float | None, decayed: str) -> None:
+def test_updates_are_those_of_the_paper(
+    clip_norm: float | None, decayed: Literal["matrices", "matrices_and_embeddings"]
+) -> None:
     config = dataclasses.replace(CONFIG, clip_norm=clip_norm, decayed=decayed)
     gradients = [draw(k, size) for k, size in enumerate((1.0, 0.01, 30.0, 0.1), 1)]  # above and below the norm
     transformation, params = optimizer(config), draw(0)

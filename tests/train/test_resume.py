@@ -103,6 +103,6 @@ def test_a_schedule_that_would_have_been_another_is_refused(
 
 
 def test_a_schedule_is_no_cover_for_other_changes() -> None:
-    with pytest.raises(ConfigError, match="optim.beta1") as error:
+    with pytest.raises(ConfigError, match=r"optim\.beta1") as error:
         go_on(CONSTANT, {"train.steps": "200", "optim.beta1": "0.5"}, done=50)
     assert "train.steps" not in str(error.value)

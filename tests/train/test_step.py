@@ -95,7 +95,8 @@ def assert_same_gradients(state: TrainState, expected: TrainState) -> None:
 def reference_nll(params: Any, batch: dict[str, np.ndarray]) -> tuple[float, float]:
     """Summed over the targets, and with the z-loss, from whole logits."""
     model = bind(CONFIG.model, params)
-    hidden, _ = model(batch["tokens"], Places(batch["segments"], batch["positions"]), dtype=jnp.dtype(jnp.float32))
+    tokens, segments, positions = (jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions"))
+    hidden, _ = model(tokens, Places(segments, positions), dtype=jnp.dtype(jnp.float32))
     logits = np.asarray(model.logits(hidden), np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
     nll = log_z - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
@@ -127,7 +128,7 @@ def test_metrics_are_what_their_names_say(once: tuple[TrainState, Metrics]) -> N
     assert metrics["update_norm"] == pytest.approx(norm(jax.tree.leaves(change)), rel=1e-4)
     assert metrics["param_norm"] == pytest.approx(norm(jax.tree.leaves(after.params)), rel=1e-5)
     assert all(value.dtype == jnp.float32 and value.shape == () for value in metrics.values())
-    sums = make_eval_step(CONFIG)(before.params, batch)
+    sums = make_eval_step(CONFIG)(before.params, jax.device_put(batch))
     assert (float(sums.total), float(sums.weight)) == (pytest.approx(nll, rel=1e-5), weight)
     assert total > nll
 

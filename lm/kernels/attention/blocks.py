@@ -25,10 +25,8 @@ def attention_in_blocks(
     """See `lm.kernels.attention.attention`. Scores and softmax are float32."""
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    # Heads before tokens: both products are then batches of plain matrix products.
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     q = q * jnp.asarray(head_dim**-0.5, q.dtype)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     count = max(1, min(MOST_BLOCKS, length // SMALLEST_BLOCK)) if same_tokens else 1
     size = -(-length // count)
@@ -42,14 +40,18 @@ def attention_in_blocks(
         if window:
             visible &= distance < window
         keys, values = k[:, :, first:last], v[:, :, first:last]
-        scores = jnp.einsum("bkgsd,bktd->bkgst", q[:, :, :, start:stop], keys, preferred_element_type=jnp.float32)
+        # The heads of a group and their queries are one axis: a batch of plain matrix products, which XLA does best.
+        rows = q[:, :, start:stop].reshape(batch, kv_heads, -1, head_dim)
+        scores = jnp.einsum("bkrd,bktd->bkrt", rows, keys, preferred_element_type=jnp.float32)
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-        weights = _softmax(scores).astype(v.dtype)
-        results.append(jnp.einsum("bkgst,bktd->bkgsd", weights, values))
-    out = results[0] if len(results) == 1 else jnp.concatenate(results, axis=3)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+        by_head = scores.reshape(batch, heads, stop - start, last - first)
+        by_head = jnp.where(visible[:, None], by_head, jnp.finfo(jnp.float32).min)
+        weights = _softmax(by_head).reshape(scores.shape).astype(v.dtype)
+        out = jnp.einsum("bkrt,bktd->bkrd", weights, values)
+        results.append(out.reshape(batch, heads, stop - start, head_dim))
+    out = results[0] if len(results) == 1 else jnp.concatenate(results, axis=2)
+    return out.transpose(0, 2, 1, 3)
 
 
 @jax.custom_vjp

@@ -49,7 +49,7 @@ def _forward(
         sums, d_output = carry
         total, nll, d_logits = _chunk_loss(*chunk, weights, z_loss, softcap)
         d_logits = d_logits.astype(hidden.dtype)
-        d_hidden = jnp.einsum("bcv,vd->bcd", d_logits, weights)
+        d_hidden = d_logits @ weights
         d_output += jnp.einsum("bcv,bcd->vd", d_logits, chunk[0], preferred_element_type=jnp.float32)
         return (sums + jnp.stack([total, nll]), d_output), d_hidden
 
