@@ -34,9 +34,7 @@ config = Config(
         tokenizer=TokenizerConfig(kind="huggingface", path="tokenizer.json"),
         holdout_fraction=0.0005,
     ),
-    optim=OptimConfig(
-        learning_rate=3e-4, schedule="cosine", warmup_steps=2000, final_fraction=0.01, weight_decay=0.1
-    ),
+    optim=OptimConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=2000, final_fraction=0.01, weight_decay=0.1),
     train=TrainConfig(steps=250_000, batch_size=512, sequence_length=8192, remat="full", z_loss=1e-5),
     mesh=MeshConfig(fsdp=-1),
     checkpoint=CheckpointConfig(every=500, keep_last=2, keep_every=10_000),

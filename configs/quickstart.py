@@ -11,14 +11,14 @@ from lm.model.config import ModelConfig
 from lm.optim.config import OptimConfig
 from lm.train.config import CheckpointConfig, EvalConfig, SampleConfig, TrainConfig
 
-VOCABULARY = 4096
+VOCABULARY = 2048
 
 config = Config(
     run=RunConfig(dir="runs/quickstart"),
     model=ModelConfig(
         vocab_size=VOCABULARY,
         layers=4,
-        width=256,
+        width=192,
         heads=4,
         activation="squared_relu",
         qk_norm="per_head",
@@ -31,8 +31,8 @@ config = Config(
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
     ),
     optim=OptimConfig(learning_rate=4e-3, beta2=0.98, warmup_steps=30, schedule="linear", final_fraction=0.0),
-    train=TrainConfig(steps=400, batch_size=16, sequence_length=256),
+    train=TrainConfig(steps=500, batch_size=8, sequence_length=256, unroll=4),
     checkpoint=CheckpointConfig(every=100),
-    eval=EvalConfig(every=100, batches=10),
+    eval=EvalConfig(every=100, batches=8),
     sample=SampleConfig(prompt="def "),
 )

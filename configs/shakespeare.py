@@ -31,10 +31,8 @@ config = Config(
         holdout_by="tail",
         holdout_fraction=0.1,
     ),
-    optim=OptimConfig(
-        learning_rate=4e-3, beta2=0.99, warmup_steps=100, schedule="linear", final_fraction=0.0
-    ),
-    train=TrainConfig(steps=2000, batch_size=12, sequence_length=64),
+    optim=OptimConfig(learning_rate=4e-3, beta2=0.99, warmup_steps=100, schedule="linear", final_fraction=0.0),
+    train=TrainConfig(steps=2000, batch_size=12, sequence_length=64, unroll=4),
     checkpoint=CheckpointConfig(every=500),
     eval=EvalConfig(every=500),
 )

@@ -150,8 +150,7 @@ def diff(a: T, b: T) -> list[Difference]:
 def format_diff(differences: Sequence[Difference]) -> str:
     """One line `train.steps: 50 -> 100` per difference, the free ones marked."""
     return "\n".join(
-        f"{d.key}: {_spell(d.a)} -> {_spell(d.b)}{'  (may change on resume)' if d.free else ''}"
-        for d in differences
+        f"{d.key}: {_spell(d.a)} -> {_spell(d.b)}{'  (may change on resume)' if d.free else ''}" for d in differences
     )
 
 
@@ -282,11 +281,7 @@ def _execute(source: str, root: type) -> Any:
         raise ConfigError(f"{error.filename or source}:{error.lineno or 1}: {error.msg}") from error
     except (Exception, SystemExit) as error:
         places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-        own = [
-            f"{file}:{line}"
-            for file, line in places
-            if file[0] != "<" and Path(file).resolve().parent == folder
-        ]
+        own = [f"{file}:{line}" for file, line in places if file[0] != "<" and Path(file).resolve().parent == folder]
         raise ConfigError(f"{own[-1] if own else source}: {_explain(error, root)}") from error
     if type(config := module.__dict__.get("config")) is not root:
         found = f"is {short(config)}" if "config" in module.__dict__ else "is missing"

@@ -91,9 +91,7 @@ class Root:
             yield "train.batch_size", f"{self.train.batch_size} is not a multiple of the heads"
 
 
-PREAMBLE = (
-    f"import sys\n{', '.join(c.__name__ for c in (Root, Model, Data, Train, Source))} = sys.config_types\n"
-)
+PREAMBLE = f"import sys\n{', '.join(c.__name__ for c in (Root, Model, Data, Train, Source))} = sys.config_types\n"
 
 
 @pytest.fixture
@@ -202,8 +200,7 @@ def test_override_fills_absent_sections_and_appends_elements() -> None:
         ("--model.window x", "model.window: expected an integer or 'full', got 'x'"),
         (
             "--model.norm rms_nrom",
-            "model.norm: expected one of 'rms_norm', 'layer_norm', 'none', got 'rms_nrom'; "
-            "did you mean 'rms_norm'?",
+            "model.norm: expected one of 'rms_norm', 'layer_norm', 'none', got 'rms_nrom'; did you mean 'rms_norm'?",
         ),
         ("--data.lengths 1,x", "data.lengths.1: expected an integer, got 'x'"),
         ("--data.lengths 1,,2", "data.lengths.1: expected an integer, got ''"),
@@ -228,9 +225,7 @@ def test_check_names_the_key_and_stops_below_a_problem() -> None:
     assert message(check, Root(model=Model(heads=5))) == "model.heads: 5 does not divide model.width 128"
     # The root's own check would divide by zero
     assert message(check, Root(model=Model(heads=0))) == "model.heads: must be at least 1"
-    assert message(check, Root(train=Train(batch_size=6))) == (
-        "train.batch_size: 6 is not a multiple of the heads"
-    )
+    assert message(check, Root(train=Train(batch_size=6))) == ("train.batch_size: 6 is not a multiple of the heads")
 
 
 def test_check_reaches_elements_and_shows_the_first_problems() -> None:
@@ -296,15 +291,11 @@ def test_error_in_a_sibling_names_its_line(write: Callable[..., str]) -> None:
     assert message(load, path, Root).startswith(f"{sibling}:3: invalid syntax")
 
 
-def test_loading_leaves_no_trace(
-    write: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_leaves_no_trace(write: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     write("", "parts/__init__.py")
     write("rate = 0.5", "parts/rates.py")
-    write(
-        "import json\nimport parts.rates\nbase = Root(train=Train(rate=parts.rates.rate))", "base_config.py"
-    )
+    write("import json\nimport parts.rates\nbase = Root(train=Train(rate=parts.rates.rate))", "base_config.py")
     path = write("from base_config import base as config")
 
     def state() -> tuple[Any, ...]:
@@ -338,9 +329,7 @@ def test_json_file_and_run_directory(write: Callable[..., str], tmp_path: Path) 
     assert load(path, Root, ["--average=none"]).average is None
 
 
-def test_run_directory_in_a_bucket(
-    write: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_directory_in_a_bucket(write: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No bucket is at hand: what a URL is opened with leads to a local folder instead."""
     write(to_json(Root(train=Train(steps=3))), "runs/a/config.json")
     monkeypatch.setattr(epath, "Path", lambda url: tmp_path / url.removeprefix("gs://bucket/"))
@@ -493,8 +482,6 @@ def test_a_type_that_no_config_can_hold_is_a_bug() -> None:
 
 
 def test_import_needs_only_the_standard_library() -> None:
-    code = (
-        "import sys, lm.config; print({n.partition('.')[0] for n in sys.modules} & {'jax', 'numpy', 'etils'})"
-    )
+    code = "import sys, lm.config; print({n.partition('.')[0] for n in sys.modules} & {'jax', 'numpy', 'etils'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

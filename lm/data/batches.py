@@ -41,9 +41,7 @@ class Batches:
     use by several threads at once: make one for each.
     """
 
-    def __init__(
-        self, directory: epath.PathLike, split: str, batch_size: int, sequence_length: int, seed: int
-    ) -> None:
+    def __init__(self, directory: epath.PathLike, split: str, batch_size: int, sequence_length: int, seed: int) -> None:
         """Raises DataError if the directory or the split cannot be used."""
         self._windows = _Windows(directory, split, sequence_length)
         self._batch_size = batch_size

@@ -128,9 +128,7 @@ def build_part(job: Job) -> dict[str, Any]:
     return record
 
 
-def _tokenizer(
-    config: DataConfig, folder: epath.Path, plan: Plan, progress: Callable[[str], None]
-) -> Tokenizer:
+def _tokenizer(config: DataConfig, folder: epath.Path, plan: Plan, progress: Callable[[str], None]) -> Tokenizer:
     wanted = config.tokenizer
     path = folder / FILE_NAMES[wanted.kind]
     stored = load_tokenizer(wanted.kind, path) if path.exists() else None
@@ -139,9 +137,7 @@ def _tokenizer(
             return stored
         progress("training the tokenizer")
         sample = list(_sample(config, plan))
-        tokenizer: Tokenizer = train_sentencepiece(
-            sample, model_type=wanted.model_type, vocab_size=wanted.vocab_size
-        )
+        tokenizer: Tokenizer = train_sentencepiece(sample, model_type=wanted.model_type, vocab_size=wanted.vocab_size)
         if tokenizer.vocab_size < wanted.vocab_size and wanted.model_type != "char":
             progress(f"the text supports a vocabulary of {tokenizer.vocab_size}, not {wanted.vocab_size}")
     else:
@@ -160,9 +156,7 @@ def _tokenizer(
 
 def _sample(config: DataConfig, plan: Plan) -> Iterator[str]:
     """About `training_bytes` of training text in short stretches, chosen by hash, from every part."""
-    share = config.tokenizer.training_bytes / max(
-        1, sum(p.stop - p.start for part in plan.parts for p in part)
-    )
+    share = config.tokenizer.training_bytes / max(1, sum(p.stop - p.start for part in plan.parts for p in part))
     # Of huge inputs only the first sixteenth that yields enough is read, part by part.
     below = int(min(1.0, max(share, 1 / 16)) * 2**64)
     for part in plan.parts:

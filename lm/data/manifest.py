@@ -81,9 +81,7 @@ def read_manifest(directory: epath.PathLike) -> Manifest:
     try:
         fields = json.loads(path.read_text())
         if fields["format"] != FORMAT:
-            raise DataError(
-                f"{path}: format {fields['format']}, but this version reads {FORMAT}; build again with it"
-            )
+            raise DataError(f"{path}: format {fields['format']}, but this version reads {FORMAT}; build again with it")
         manifest = Manifest(
             TokenizerRecord(**fields["tokenizer"]),
             {name: SourceCount(**count) for name, count in fields["sources"].items()},

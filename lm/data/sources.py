@@ -107,9 +107,7 @@ def cut(file: File, limit: int) -> list[Piece]:
     return [Piece(file, *bound) for bound in zip(bounds, [*bounds[1:], file.size], strict=True)]
 
 
-def documents(
-    piece: Piece, text_field: str, skipped: Counter[str], digest: Hash | None = None
-) -> Iterator[Document]:
+def documents(piece: Piece, text_field: str, skipped: Counter[str], digest: Hash | None = None) -> Iterator[Document]:
     """The documents of the piece. Counts in `skipped` what was left out: "empty" or "not UTF-8".
 
     `digest` is given the stored bytes as they pass, as `content_hash` would see them.
@@ -266,9 +264,7 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     yield b"".join(rest)
 
 
-def _json_documents(
-    piece: Piece, text_field: str, skipped: Counter[str], digest: Hash | None
-) -> Iterator[Document]:
+def _json_documents(piece: Piece, text_field: str, skipped: Counter[str], digest: Hash | None) -> Iterator[Document]:
     name = piece.file.name
     for number, line in enumerate(_lines(_blocks(piece, digest))):
         try:

@@ -38,9 +38,7 @@ class TokenStream:
             except OSError as error:
                 raise DataError(f"{path}: shard cannot be read: {error.strerror or error}") from None
             if size != shard.size:
-                raise DataError(
-                    f"{path}: {size} bytes instead of {shard.size}; damaged, build the data again"
-                )
+                raise DataError(f"{path}: {size} bytes instead of {shard.size}; damaged, build the data again")
         self._ends = list(itertools.accumulate(shard.tokens for shard in self._shards))
         self.tokens: int = self._ends[-1]
         self._reader = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)

@@ -174,8 +174,7 @@ class HuggingFaceTokenizer(Tokenizer):
             import tokenizers
         except ImportError:
             raise DataError(
-                "data.tokenizer.kind 'huggingface' needs the tokenizers library: "
-                "pip install 'lm[huggingface]'"
+                "data.tokenizer.kind 'huggingface' needs the tokenizers library: pip install 'lm[huggingface]'"
             ) from None
         try:
             self._model = tokenizers.Tokenizer.from_str(content.decode())

@@ -33,15 +33,9 @@ class Attention(nnx.Module):
         self.rope_theta = config.rope_theta if config.positions == "rotary" else None
         self.qk_norm = config.qk_norm
         self.query = nnx.Param(init.matrix(keys[0], (d, h, w), fan_in=d), axes=("embed", "heads", "head_dim"))
-        self.key = nnx.Param(
-            init.matrix(keys[1], (d, k, w), fan_in=d), axes=("embed", "kv_heads", "head_dim")
-        )
-        self.value = nnx.Param(
-            init.matrix(keys[2], (d, k, w), fan_in=d), axes=("embed", "kv_heads", "head_dim")
-        )
-        self.output = nnx.Param(
-            init.residual(keys[3], (h, w, d), fan_in=h * w), axes=("heads", "head_dim", "embed")
-        )
+        self.key = nnx.Param(init.matrix(keys[1], (d, k, w), fan_in=d), axes=("embed", "kv_heads", "head_dim"))
+        self.value = nnx.Param(init.matrix(keys[2], (d, k, w), fan_in=d), axes=("embed", "kv_heads", "head_dim"))
+        self.output = nnx.Param(init.residual(keys[3], (h, w, d), fan_in=h * w), axes=("heads", "head_dim", "embed"))
 
         def bias(shape: tuple[int, ...], axes: tuple[str, ...], kinds: tuple[str, ...]) -> nnx.Param | None:
             return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes) if config.bias in kinds else None

@@ -1,6 +1,7 @@
 """The feed-forward layer: plain (GELU, squared ReLU) or gated (SwiGLU, GeGLU; Shazeer 2020)."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from lm.model.config import ModelConfig
 from lm.model.initialization import Initializer
 from lm.model.linear import linear
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swiglu": jax.nn.silu,
     "geglu": functools.partial(jax.nn.gelu, approximate=True),
     "gelu": gelu,

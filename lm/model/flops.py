@@ -38,8 +38,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> Flops:
     # Scores and weighted values: 2 * 2 * heads * width per pair of tokens forward, three times that in all.
     per_pair = 12 * config.heads * width
     seen = sum(
-        _mean_visible(config.pattern[layer % len(config.pattern)], sequence_length)
-        for layer in range(config.layers)
+        _mean_visible(config.pattern[layer % len(config.pattern)], sequence_length) for layer in range(config.layers)
     )
     return Flops(
         parameters=6.0 * matrices,

@@ -19,7 +19,7 @@ Remat = Literal["none", "dots", "full"]
 """What the backward pass finds saved: all it needs, the results of products with weights, or only the input of
 each layer (the rest is computed again)."""
 
-Cache = dict[str, KeyValues]
+Cache = dict[str, KeyValues | None]
 
 
 class Block(nnx.Module):
@@ -78,17 +78,12 @@ class Transformer(nnx.Module):
         stacked, last = keys[: config.layers - rest], keys[config.layers - rest :]
         self.layers = nnx.Dict(
             {
-                str(i): _stack(
-                    functools.partial(Block, config, window=window), stacked[i :: len(config.pattern)]
-                )
+                str(i): _stack(functools.partial(Block, config, window=window), stacked[i :: len(config.pattern)])
                 for i, window in enumerate(config.pattern)
             }
         )
         self.last_layers = nnx.Dict(
-            {
-                str(i): Block(config, k, window=w)
-                for i, (w, k) in enumerate(zip(config.pattern, last, strict=False))
-            }
+            {str(i): Block(config, k, window=w) for i, (w, k) in enumerate(zip(config.pattern, last, strict=False))}
         )
         self.final_norm = None if config.norm_placement == "post" else Norm(config, config.width, "embed")
         shape = (config.vocab_size, config.width)
@@ -121,9 +116,7 @@ class Transformer(nnx.Module):
             x = x + sinusoidal(places.positions, config.width).astype(dtype)
         x = dropout(x, config.dropout, None if key is None else jax.random.fold_in(key, config.layers))
 
-        def block(
-            part: nnx.State, graph: Any, x: jax.Array, layer: jax.Array, cache: KeyValues | None
-        ) -> Any:
+        def block(part: nnx.State, graph: Any, x: jax.Array, layer: jax.Array, cache: KeyValues | None) -> Any:
             layer_key = None if key is None else jax.random.fold_in(key, layer)
             return nnx.merge(graph, part)(x, places, layer_key, cache)
 
@@ -148,9 +141,7 @@ class Transformer(nnx.Module):
             layer = jnp.int32(groups * period + int(i))
             call = _remat(functools.partial(block, graph=graph), remat)
             name = f"last_{i}"
-            x, last_cache[name] = call(
-                last_states[i], x=x, layer=layer, cache=None if cache is None else cache[name]
-            )
+            x, last_cache[name] = call(last_states[i], x=x, layer=layer, cache=None if cache is None else cache[name])
         if self.final_norm is not None:
             x = self.final_norm(x)
         return x, None if cache is None else {**stacked_cache, **last_cache}
@@ -176,7 +167,7 @@ class Transformer(nnx.Module):
         def zeros(*leading: int) -> KeyValues:
             return KeyValues(jnp.zeros((*leading, *shape), dtype), jnp.zeros((*leading, *shape), dtype))
 
-        stacked = {i: zeros(groups) for i in self.layers}
+        stacked: Cache = {i: zeros(groups) for i in self.layers}
         return stacked | {f"last_{i}": zeros() for i in self.last_layers}
 
 

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
@@ -29,6 +30,9 @@ from lm.train.manifest import BadCheckpoint, Manifest, reason
 from lm.train.run_directory import write_atomically
 
 T = TypeVar("T")
+
+PATIENCE_SECONDS = 10.0
+"""How long a save holds training up for the one before it; storage that is slower than that loses a save."""
 
 # Orbax logs a page for each failure that it also raises; what is raised is reported here in a line.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
@@ -73,12 +77,12 @@ class Checkpoints:
     def save(self, state: Any, step: int, wait: bool = False) -> bool:
         """Starts saving; returns when the arrays are copied, so that they may be donated.
 
-        False, with a report, when nothing was started: the save before is still going (with `wait`, it is
-        waited for instead), or the copy could not be made. What goes wrong from then on (a full disk, a state
+        False, with a report, when nothing was started: the save before is still going after PATIENCE_SECONDS (with
+        `wait`, it is waited for to its end), or the copy could not be made. What goes wrong from then on (a full disk, a state
         that is not finite) is reported and counted in `failures`, never raised; the older checkpoints stay.
         """
-        if wait:
-            self.wait()
+        if self._pending:
+            futures.wait([self._pending[1]], timeout=None if wait else PATIENCE_SECONDS)
         if self._pending and not self._pending[1].done():
             self._report(f"step {step} is not saved: the save of step {self._pending[0]} is still going")
             return False

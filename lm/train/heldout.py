@@ -28,9 +28,7 @@ class HeldOut:
         return math.exp(min(self.loss, 700.0))
 
 
-def held_out_loss(
-    eval_step: Callable[[Any, Batch], LossSums], params: Any, batches: Iterable[Batch]
-) -> HeldOut:
+def held_out_loss(eval_step: Callable[[Any, Batch], LossSums], params: Any, batches: Iterable[Batch]) -> HeldOut:
     """Runs over the batches, already on the devices, and divides once at the end."""
     results = [eval_step(params, batch) for batch in batches]
     sums = np.sum([np.asarray(row, np.float64) for row in jax.device_get(results)], axis=0)

@@ -4,13 +4,15 @@ The order of things in a run is a contract:
   1. the run directory is locked, and the config agrees with what the directory holds;
   2. the data is built, or found built, and the tokenizer fits the model;
   3. the newest good checkpoint is restored, or the state is drawn from the seed;
-  4. for each step: held-out loss if due, the step itself, metrics of the step before, a save if due;
+  4. for each step: the step itself, metrics of the step before, held-out loss if due, a save if due;
   5. the last save is waited for, then all held-out text is evaluated and a sample is written.
 
 Steps are counted from 0: step k takes the state with k steps done, and batch k, to k + 1 steps done. What is
-logged for step k, and `lm data show --step k`, belong together. A checkpoint is named by the steps done.
+logged for step k, and `lm data show --step k`, belong together; held-out values logged for step k are of the state
+after it. A checkpoint is named by the steps done.
 """
 
+import json
 import resource
 import sys
 import time
@@ -31,12 +33,12 @@ from lm.model.loss import Batch
 from lm.parallel.mesh import make_mesh
 from lm.parallel.sharding import batch_sharding, check_batch
 from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
-from lm.train.host_memory import keep_freed_memory
 from lm.train.heldout import HeldOut, held_out_loss
+from lm.train.host_memory import keep_freed_memory
 from lm.train.meter import Meter
 from lm.train.progress import Progress, human_count, human_seconds
 from lm.train.resume import refuse_if_changed
-from lm.train.run_directory import RunDirectory, is_run, write_atomically
+from lm.train.run_directory import RunDirectory, write_atomically
 from lm.train.sample import sample_text
 from lm.train.signals import StopRequest, stop_signals
 from lm.train.state import TrainState, abstract_state, init_state
@@ -100,14 +102,20 @@ class _Run:
 
     def agree_with_directory(self) -> None:
         found = [c.step for c in list_checkpoints(self.directory.checkpoints) if c.problem is None]
-        if found and is_run(self.directory.path):
-            saved = configs.load(str(self.directory.path), Config)
-            refuse_if_changed(saved, self.config, done=max(found))
-            if max(found) > self.config.train.steps:
-                raise ConfigError(
-                    f"{self.directory.path} has {max(found)} steps done, more than --train.steps "
-                    f"{self.config.train.steps}; choose another --run.dir"
-                )
+        if not found:
+            return
+        done = max(found)
+        try:
+            saved = json.loads(read_attachment(self.directory.checkpoints, done, "config.json"))
+        except StorageError as error:  # damaged: restoring will set it aside and say so
+            self.say(str(error))
+            return
+        refuse_if_changed(configs.from_dict(Config, saved), self.config, done=done)
+        if done > self.config.train.steps:
+            raise ConfigError(
+                f"{self.directory.path} has {done} steps done, more than --train.steps {self.config.train.steps}; "
+                "choose another --run.dir"
+            )
 
     # 2. The data
 
@@ -117,9 +125,7 @@ class _Run:
         self.fingerprint = manifest.fingerprint
         size, seed = config.train.batch_size, config.run.seed
         self.batches = Batches(config.data_dir, "train", size, length, seed)
-        self.held_out = (
-            Evaluation(config.data_dir, "heldout", size, length) if manifest.tokens("heldout") else None
-        )
+        self.held_out = Evaluation(config.data_dir, "heldout", size, length) if manifest.tokens("heldout") else None
         self.tokenizer = read_tokenizer(config.data_dir, manifest)
         if self.tokenizer.vocab_size != config.model.vocab_size:
             raise ConfigError(
@@ -197,9 +203,7 @@ class _Run:
             self.checkpoints.wait()
         if done < last:
             if self.checkpoints.last_good != done:
-                raise StorageError(
-                    f"stopped by {self.stop.received}, and step {done} could not be saved: see above"
-                )
+                raise StorageError(f"stopped by {self.stop.received}, and step {done} could not be saved: see above")
             raise Stopped(
                 f"stopped by {self.stop.received}: {done} of {last} steps are done and saved; "
                 f"`lm train {self.directory.path}` goes on from there"
@@ -215,7 +219,6 @@ class _Run:
             if self.stop.received:
                 last = k
                 break
-            extra = self.evaluate(state, k) if self.is_due(config.eval.every, k) else {}
             state, metrics = self.train_step(state, batch)
             if k + 1 < last:  # the next batch is on its way to the devices while they compute
                 with self.meter.waiting():
@@ -223,7 +226,8 @@ class _Run:
                 batch = self.put(coming)
             if before is not None:
                 self.log(*before)
-            before = (k, metrics, extra)
+            due = self.is_due(config.eval.every, k + 1) and k + 1 < last
+            before = (k, metrics, self.evaluate(state, k + 1) if due else {})
             if self.is_due(config.checkpoint.every, k + 1) and k + 1 < last:
                 self.log(*before)
                 before = None
@@ -234,7 +238,7 @@ class _Run:
         return state, last
 
     def is_due(self, every: int, done: int) -> bool:
-        return every > 0 and done > 0 and done % every == 0
+        return every > 0 and done % every == 0
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         return jax.device_put(batch, batch_sharding(self.mesh))
@@ -265,7 +269,7 @@ class _Run:
             count = len(self.held_out)
             wanted = min(self.config.eval.batches or count, count)
             result = self.held_out_on(state, [int(i) for i in np.linspace(0, count - 1, wanted).round()])
-            self.say(f"step {k}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte")
+            self.say(f"{k} steps done: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte")
             self.sample(state, k)
         return {"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte}
 
@@ -285,14 +289,10 @@ class _Run:
     def finish(self, state: TrainState) -> None:
         steps = self.config.train.steps
         if self.checkpoints.last_good != steps:
-            raise StorageError(
-                f"all {steps} steps are done, but the last state could not be saved: see above"
-            )
+            raise StorageError(f"all {steps} steps are done, but the last state could not be saved: see above")
         if self.held_out is not None:
             result = self.held_out_on(state, list(range(len(self.held_out))))
-            self.summaries.scalars(
-                steps, {"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte}
-            )
+            self.summaries.amend_last({"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte})
             self.say(
                 f"held-out: {result.bits_per_byte:.4f} bits per byte, loss {result.loss:.4f} nats per token, "
                 f"perplexity {result.perplexity:.2f}, over {human_count(result.bytes)} bytes never trained on"

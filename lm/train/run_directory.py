@@ -150,6 +150,18 @@ class AppendOnlyFile:
         """Drops everything after the first `size` bytes. Call it before the first append."""
         self._try(lambda: self._file.truncate(size))
 
+    def replace_last(self, change: Callable[[bytes], bytes]) -> None:
+        """Puts what `change` makes of the last line in its place; for files of whole lines that are not empty."""
+
+        def replace() -> None:
+            contents = self._file.contents()
+            begin = contents.rfind(b"\n", 0, -1) + 1
+            new = change(contents[begin:])
+            self._file.truncate(begin)
+            self._file.append(new)
+
+        self._try(replace)
+
     def close(self) -> None:
         self._try(self._file.close)
 
@@ -167,6 +179,7 @@ class AppendOnlyFile:
 
 
 class _File(Protocol):
+    def contents(self) -> bytes: ...
     def append(self, record: bytes) -> None: ...
     def truncate(self, size: int) -> None: ...
     def close(self) -> None: ...
@@ -187,6 +200,9 @@ class _LocalFile:
         except OSError:
             os.ftruncate(self._descriptor, size)
             raise
+
+    def contents(self) -> bytes:
+        return self._path.read_bytes()
 
     def truncate(self, size: int) -> None:
         os.truncate(self._path, size)
@@ -215,6 +231,9 @@ class _BucketFile:
         error, self._error = self._error, None
         if error:
             raise error
+
+    def contents(self) -> bytes:
+        return bytes(self._loaded())
 
     def truncate(self, size: int) -> None:
         del self._loaded()[size:]

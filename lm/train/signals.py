@@ -22,9 +22,7 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         elif not self.deferred:
-            raise Stopped(
-                f"stopped by {self.received} before the first new step; the same command starts again"
-            )
+            raise Stopped(f"stopped by {self.received} before the first new step; the same command starts again")
 
 
 @contextmanager

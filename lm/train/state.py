@@ -47,5 +47,3 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     params = tree_shardings(shapes.params, parameter_axes(config.model), mesh)
     shardings = like_parameters(shapes, shapes.params, params, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-

@@ -94,9 +94,7 @@ def _accumulate(config: Config, params: Any, batch: Batch, key: jax.Array) -> tu
         # Every device keeps its rows: row r belongs to microbatch r % accumulation.
         return jnp.swapaxes(x.reshape(-1, train.accumulation, *x.shape[1:]), 0, 1)
 
-    def body(
-        carry: tuple[Any, LossSums], inputs: tuple[Batch, jax.Array]
-    ) -> tuple[tuple[Any, LossSums], None]:
+    def body(carry: tuple[Any, LossSums], inputs: tuple[Batch, jax.Array]) -> tuple[tuple[Any, LossSums], None]:
         part, index = inputs
         gradients, sums = gradient(params, part, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, carry, (gradients, sums)), None

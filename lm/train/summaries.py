@@ -93,6 +93,15 @@ class Summaries:
             summary.value.add(tag=_tag(name), simple_value=value)
         self._add_event(step=step, summary=summary)
 
+    def amend_last(self, values: Mapping[str, float]) -> None:
+        """Adds values to the last line of metrics.jsonl, and to TensorBoard as of the step after it."""
+        extra = {name: _json_number(_plain(value)) for name, value in values.items()}
+        self._metrics.replace_last(lambda line: json.dumps(json.loads(line) | extra).encode() + b"\n")
+        summary = summary_pb2.Summary()
+        for name, value in values.items():
+            summary.value.add(tag=_tag(name), simple_value=value)
+        self._add_event(step=self._next_step, summary=summary)
+
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Shows a text in TensorBoard, rendered as markdown: see `verbatim` for text that is not."""
         utf8 = markdown.encode(errors="replace").decode()

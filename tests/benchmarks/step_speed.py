@@ -75,7 +75,8 @@ def torch_step(shape: dict[str, int], model_py: Path) -> Any:
     import torch
 
     spec = importlib.util.spec_from_file_location("nanogpt", model_py)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     nanogpt = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt"] = nanogpt
     spec.loader.exec_module(nanogpt)
@@ -96,7 +97,7 @@ def torch_step(shape: dict[str, int], model_py: Path) -> Any:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return loss.item()
 
     return run
 
@@ -128,7 +129,8 @@ def compare(options: argparse.Namespace, name: str, cores: str) -> None:
 
     def ask(side: str, count: int) -> dict[str, float]:
         worker = workers[side]
-        assert worker.stdin is not None and worker.stdout is not None
+        assert worker.stdin is not None
+        assert worker.stdout is not None
         print(count, file=worker.stdin, flush=True)
         return json.loads(worker.stdout.readline())
 

@@ -54,10 +54,7 @@ def random_data(write_data: Write, seed: int, name: str = "data") -> tuple[Path,
     """Documents of one token, of a record, of many records, and edges on records and shards."""
     draw = np.random.default_rng(seed)
     shards = [
-        [
-            draw.integers(0, 258, int(draw.choice([1, 2, 7, 15, 16, 32, 200])))
-            for _ in range(draw.integers(1, 12))
-        ]
+        [draw.integers(0, 258, int(draw.choice([1, 2, 7, 15, 16, 32, 200]))) for _ in range(draw.integers(1, 12))]
         for _ in range(draw.integers(1, 4))
     ]
     stream = [(int(t), i == 0) for shard in shards for document in shard for i, t in enumerate(document)]

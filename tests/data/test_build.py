@@ -203,9 +203,7 @@ def test_tail_holds_out_the_end_at_a_character(tmp_path: Path) -> None:
     text = "é" * 50 + "a"  # 101 bytes; 90 % is in the middle of a character, for 0.9 * 101 = 90.9 and 0.5
     (tmp_path / "one.txt").write_text(text)
     for fraction in (0.1, 0.11, 0.5, 0.9):
-        config = DataConfig(
-            (str(tmp_path / "one.txt"),), holdout_by="tail", holdout_fraction=fraction, tokenizer=BYTES
-        )
+        config = DataConfig((str(tmp_path / "one.txt"),), holdout_by="tail", holdout_fraction=fraction, tokenizer=BYTES)
         folder = tmp_path / str(fraction)
         build(config, folder, quiet)
         (train,), (heldout,) = documents(folder, "train"), documents(folder, "heldout")
@@ -345,9 +343,7 @@ def test_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         sources,
         "list_files",
-        lambda *paths: [
-            f for f in listed(*paths) if f.name.startswith(("python-stdlib/j", "python-stdlib/e"))
-        ],
+        lambda *paths: [f for f in listed(*paths) if f.name.startswith(("python-stdlib/j", "python-stdlib/e"))],
     )
     config = DataConfig(("python-stdlib",), tokenizer=BYTES, holdout_fraction=0.2, workers=1)
     manifest = build(config, tmp_path / "data", quiet)

@@ -151,7 +151,5 @@ def test_standard_library_is_there_without_this_machines_paths() -> None:
     assert "python-stdlib/json/__init__.py" in names
     assert not any("site-packages" in name or sys.prefix in name for name in names)
     skipped: Counter[str] = Counter()
-    some = [
-        f for f in files if f.name.startswith(("python-stdlib/json/", "python-stdlib/test/encoded_modules"))
-    ]
+    some = [f for f in files if f.name.startswith(("python-stdlib/json/", "python-stdlib/test/encoded_modules"))]
     assert any("JSON" in d.text for f in some for d in documents(whole(f), "text", skipped))

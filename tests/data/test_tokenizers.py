@@ -18,10 +18,7 @@ from lm.data.tokenizers import (
 )
 from lm.errors import DataError
 
-TEXT = [
-    f"def function_{i}(argument, other):\n    if argument > {i}:\n        return other[{i}]\n\n"
-    for i in range(50)
-]
+TEXT = [f"def function_{i}(argument, other):\n    if argument > {i}:\n        return other[{i}]\n\n" for i in range(50)]
 
 NASTY = [
     "",
@@ -46,12 +43,8 @@ NASTY = [
 def random_texts(seed: int, count: int) -> list[str]:
     draw = random.Random(seed)
     alphabets = ["ab \n", " \t\n\u2581", "".join(map(chr, range(0x250))), "日本😀\0\u2585x "]
-    wide = "".join(
-        chr(draw.choice([draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)])) for _ in range(64)
-    )
-    return [
-        "".join(draw.choices(draw.choice([*alphabets, wide]), k=draw.randrange(200))) for _ in range(count)
-    ]
+    wide = "".join(chr(draw.choice([draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)])) for _ in range(64))
+    return ["".join(draw.choices(draw.choice([*alphabets, wide]), k=draw.randrange(200))) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")

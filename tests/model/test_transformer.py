@@ -110,9 +110,7 @@ def test_packed_documents_are_as_if_alone(config):
         alone["tokens"][:, :size] = whole["tokens"][:, part]
         alone["segments"][:, size:] = 0
         alone["positions"][:, size:] = 0
-        np.testing.assert_allclose(
-            together[:, part], logits_of(config, params, alone)[:, :size], rtol=2e-4, atol=2e-4
-        )
+        np.testing.assert_allclose(together[:, part], logits_of(config, params, alone)[:, :size], rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("config", ALL)

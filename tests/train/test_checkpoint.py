@@ -123,6 +123,7 @@ def test_arrays_may_be_donated_right_after_save(tmp_path: Path) -> None:
 def test_a_save_is_skipped_while_one_is_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finish, read = threading.Event(), checkpoint.Manifest.of
     monkeypatch.setattr(checkpoint.Manifest, "of", lambda *a: finish.wait(60) and read(*a))
+    monkeypatch.setattr(checkpoint, "PATIENCE_SECONDS", 0.1)
     writer = Writer(tmp_path)
     assert writer.save(make_state(1), 1)
     assert not writer.save(make_state(2), 2)

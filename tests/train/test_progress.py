@@ -148,9 +148,7 @@ def test_a_terminal_is_not_flooded(clock: Clock, terminal: Terminal) -> None:
     assert "step 10000/10000" in written
 
 
-def test_a_dumb_terminal_gets_plain_lines(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock, terminal: Terminal
-) -> None:
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, clock: Clock, terminal: Terminal) -> None:
     monkeypatch.setenv("TERM", "dumb")
     with Progress(2, stream=terminal.stream) as progress:
         progress.update(1, {})

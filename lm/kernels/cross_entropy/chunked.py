@@ -28,7 +28,7 @@ def chunked_cross_entropy(
     weights = output.astype(hidden.dtype)
 
     def body(sums: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        total, nll, _ = _chunk_loss(*chunk, weights, z_loss, softcap)
+        total, nll, _ = _chunk_loss(chunk, weights, z_loss, softcap)
         return sums + jnp.stack([total, nll]), None
 
     sums, _ = jax.lax.scan(body, jnp.zeros(2, jnp.float32), _chunks(hidden, targets, mask))
@@ -47,7 +47,7 @@ def _forward(
 
     def body(carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
         sums, d_output = carry
-        total, nll, d_logits = _chunk_loss(*chunk, weights, z_loss, softcap)
+        total, nll, d_logits = _chunk_loss(chunk, weights, z_loss, softcap)
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = d_logits @ weights
         d_output += jnp.einsum("bcv,bcd->vd", d_logits, chunk[0], preferred_element_type=jnp.float32)
@@ -74,14 +74,10 @@ chunked_cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunk_loss(
-    hidden: jax.Array,
-    targets: jax.Array,
-    mask: jax.Array,
-    weights: jax.Array,
-    z_loss: float,
-    softcap: float | None,
+    chunk: tuple[jax.Array, ...], weights: jax.Array, z_loss: float, softcap: float | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums of the loss and the likelihood of a chunk, and d loss / d logits before the cap [B, C, V] float32."""
+    hidden, targets, mask = chunk
     logits = jnp.einsum("bcd,vd->bcv", hidden, weights, preferred_element_type=jnp.float32)
     slope = None
     if softcap is not None:

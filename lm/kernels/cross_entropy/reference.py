@@ -14,9 +14,7 @@ def reference_cross_entropy(
     softcap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `lm.kernels.cross_entropy.cross_entropy`. Holds float32 [B, S, V]."""
-    logits = jnp.einsum(
-        "bsd,vd->bsv", hidden, output.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    logits = jnp.einsum("bsd,vd->bsv", hidden, output.astype(hidden.dtype), preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
