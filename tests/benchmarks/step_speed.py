@@ -3,8 +3,8 @@
     python tests/benchmarks/step_speed.py --nanogpt MODEL_PY [--torch-python PYTHON] [--cores 0] [--shape small large]
 
 MODEL_PY is nanoGPT's model.py, unmodified; PYTHON an interpreter that has torch. Each side is a process pinned to the
-cores given (`--cores 0,1` for two threads); they take turns in blocks of steps, so that other load meets both. Both do a
-full step: forward, backward, clipping at 1, AdamW. A ratio is time of ours over time of PyTorch's, below 1 is
+cores given (`--cores 0,1` for two threads); they take turns in blocks of steps, so that other load meets both. Both do
+a full step: forward, backward, clipping at 1, AdamW. A ratio is time of ours over time of PyTorch's, below 1 is
 faster; `cpu` counts the processes' CPU seconds and is the steadiest on a machine with other work.
 """
 
@@ -57,7 +57,8 @@ def our_step(shape: dict[str, int]) -> Any:
         batches.append(
             {
                 "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": np.ones(size, np.int32),
-                "positions": position, "loss_mask": np.ones(size, np.float32), "bytes": np.full(size[0], size[1], np.int32),
+                "positions": position, "loss_mask": np.ones(size, np.float32),
+                "bytes": np.full(size[0], size[1], np.int32),
             }
         )  # fmt: skip
 

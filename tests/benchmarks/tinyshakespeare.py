@@ -3,8 +3,8 @@
     python tests/benchmarks/tinyshakespeare.py INPUT_TXT [--recipe nanogpt] [--learning-rate 1e-3 4e-3] [--seeds 3]
 
 INPUT_TXT is the 1,115,394 bytes of tinyshakespeare. Trains on the first 90% of its bytes and evaluates the final
-weights on all of the rest in windows of 64 that do not overlap. nanoGPT itself (PyTorch, the same shapes, tokens and optimizer)
-gives 1.901 nats per character at learning rate 1e-3 and 1.771 and 1.786 (two seeds) at 4e-3.
+weights on all of the rest in windows of 64 that do not overlap. nanoGPT itself (PyTorch, the same shapes, tokens and
+optimizer) gives 1.901 nats per character at learning rate 1e-3 and 1.771 and 1.786 (two seeds) at 4e-3.
 
 The vocabulary is the 65 characters of the text and three special ids; the beginning and the end of the document are
 one target more than the characters: 111,541 in place of 111,539.
