@@ -77,9 +77,10 @@ class Checkpoints:
     def save(self, state: Any, step: int, wait: bool = False) -> bool:
         """Starts saving; returns when the arrays are copied, so that they may be donated.
 
-        False, with a report, when nothing was started: the save before is still going after PATIENCE_SECONDS (with
-        `wait`, it is waited for to its end), or the copy could not be made. What goes wrong from then on (a full disk, a state
-        that is not finite) is reported and counted in `failures`, never raised; the older checkpoints stay.
+        False, with a report, when nothing was started: the save before is still going after PATIENCE_SECONDS
+        (with `wait`, it is waited for to its end), or the copy could not be made. What goes wrong from then on (a
+        full disk, a state that is not finite) is reported and counted in `failures`, never raised; the older
+        checkpoints stay.
         """
         if self._pending:
             futures.wait([self._pending[1]], timeout=None if wait else PATIENCE_SECONDS)
