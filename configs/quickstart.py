@@ -31,7 +31,7 @@ config = Config(
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
     ),
     optim=OptimConfig(learning_rate=4e-3, beta2=0.98, warmup_steps=30, schedule="linear", final_fraction=0.0),
-    train=TrainConfig(steps=500, batch_size=8, sequence_length=256, unroll=4),
+    train=TrainConfig(steps=300, batch_size=8, sequence_length=256, unroll=4),
     checkpoint=CheckpointConfig(every=100),
     eval=EvalConfig(every=100, batches=8),
     sample=SampleConfig(prompt="def "),

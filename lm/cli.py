@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lm.errors import ConfigError, DataError, LmError
+from lm.errors import ConfigError, DataError, LmError, Stopped
 
 if TYPE_CHECKING:
     from lm.experiment import Config
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
         sys.stdout.flush()
-    except LmError as error:
+    except (LmError, Stopped) as error:
         print(f"lm: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # whoever reads the output has seen enough

@@ -35,7 +35,10 @@ class StorageError(LmError):
     exit_code = 5
 
 
-class Stopped(LmError):
-    """The run was asked to stop, has saved its state, and goes on when started again."""
+class Stopped(BaseException):
+    """The run was asked to stop, has saved its state, and goes on when started again.
+
+    Like KeyboardInterrupt no Exception: a signal may raise it anywhere, and what handles errors must let it pass.
+    """
 
     exit_code = 75

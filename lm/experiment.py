@@ -43,6 +43,15 @@ class Config:
     log: LogConfig = free(LogConfig())
 
     def check(self) -> Iterator[tuple[str, str]]:
+        tokenizer, vocabulary = self.data.tokenizer, self.model.vocab_size
+        if tokenizer.kind == "bytes" and vocabulary != 258:
+            yield "model.vocab_size", f"the bytes tokenizer has 258 ids, got {vocabulary}: write --model.vocab_size 258"
+        trained = tokenizer.kind == "sentencepiece" and tokenizer.path is None and tokenizer.model_type != "char"
+        if trained and vocabulary > tokenizer.vocab_size:
+            yield (
+                "model.vocab_size",
+                f"{vocabulary} is more than data.tokenizer.vocab_size = {tokenizer.vocab_size}, what is trained",
+            )
         length, context = self.train.sequence_length, self.model.context
         if self.model.positions == "learned" and length > context:
             yield (

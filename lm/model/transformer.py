@@ -39,7 +39,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, places: Places, key: jax.Array | None, cache: KeyValues | None
     ) -> tuple[jax.Array, KeyValues | None]:
-        keys = (None, None) if key is None else jax.random.split(key)
+        keys = (None, None) if key is None else (_fold_in(key, 0), _fold_in(key, 1))
         reads_norm = self.placement in ("pre", "sandwich")
 
         y, cache = self.attention(self.attention_norm(x) if reads_norm else x, places, cache)
@@ -102,22 +102,23 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
         unroll: int = 1,
     ) -> tuple[jax.Array, Cache | None]:
-        """tokens and places int32 [B, S]; `key` turns dropout on. Returns hidden states and the cache written to.
+        """Hidden states and the cache written to, from tokens and places, int32 [B, S].
 
-        `unroll` layers (or groups of them) stand in the body of the loop: faster on a CPU, longer to compile.
+        `key`, one for each row [B], turns dropout on. `unroll` layers (or groups of them) stand in the body of the
+        loop: faster on a CPU, longer to compile.
         """
         config = self.config
         if key is not None and config.dropout == 0:
             key = None
-        x = self.embedding[...].astype(dtype)[tokens]
+        x = self.embedding[...][tokens].astype(dtype)  # looked up in float32: its gradient is summed in float32
         if self.positions is not None:
-            x = x + self.positions[...].astype(dtype)[places.positions]
+            x = x + self.positions[...][places.positions].astype(dtype)
         elif config.positions == "sinusoidal":
             x = x + sinusoidal(places.positions, config.width).astype(dtype)
-        x = dropout(x, config.dropout, None if key is None else jax.random.fold_in(key, config.layers))
+        x = dropout(x, config.dropout, None if key is None else _fold_in(key, config.layers))
 
         def block(part: nnx.State, graph: Any, x: jax.Array, layer: jax.Array, cache: KeyValues | None) -> Any:
-            layer_key = None if key is None else jax.random.fold_in(key, layer)
+            layer_key = None if key is None else _fold_in(key, layer)
             return nnx.merge(graph, part)(x, places, layer_key, cache)
 
         graphs, states = _split_all(self.layers)
@@ -126,8 +127,8 @@ class Transformer(nnx.Module):
 
         def group(x: jax.Array, inputs: tuple) -> tuple[jax.Array, dict]:
             parts, first, caches = inputs
-            for i, part in parts.items():
-                x, caches[i] = wrapped[i](part, x=x, layer=first + int(i), cache=caches[i])
+            for i in map(str, range(period)):  # not the order of the dicts, which is that of the strings
+                x, caches[i] = wrapped[i](parts[i], x=x, layer=first + int(i), cache=caches[i])
             return x, caches
 
         groups = config.layers // period
@@ -137,7 +138,8 @@ class Transformer(nnx.Module):
 
         last_graphs, last_states = _split_all(self.last_layers)
         last_cache: dict[str, KeyValues | None] = {}
-        for i, graph in last_graphs.items():
+        for i in map(str, range(len(last_graphs))):
+            graph = last_graphs[i]
             layer = jnp.int32(groups * period + int(i))
             call = _remat(functools.partial(block, graph=graph), remat)
             name = f"last_{i}"
@@ -172,10 +174,18 @@ class Transformer(nnx.Module):
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of x and scales up the rest; the identity without a key."""
+    """Zeroes a share `rate` of x [B, …] and scales up the rest; the identity without a key.
+
+    Each row has a key of its own, so that what it loses does not depend on which rows are computed with it.
+    """
     if key is None or rate == 0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+    keep = jax.vmap(lambda row_key: jax.random.bernoulli(row_key, 1 - rate, x.shape[1:]))(key)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def _fold_in(keys: jax.Array, number: jax.Array | int) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:

@@ -89,5 +89,5 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(rows: int, mesh: Mesh) -> None:
-    """Raises ConfigError when the rows of a batch cannot be shared out evenly."""
-    spec(("batch",), (rows,), mesh, tensor="train.batch_size")
+    """Raises ConfigError when the rows computed at once cannot be shared out evenly."""
+    spec(("batch",), (rows,), mesh, tensor="train.batch_size / train.accumulation")

@@ -85,8 +85,8 @@ class SampleConfig:
     def check(self) -> Iterator[tuple[str, str]]:
         if self.tokens < 0:
             yield "tokens", f"must be at least 0, got {self.tokens}"
-        if self.temperature < 0:
-            yield "temperature", f"must be at least 0, got {self.temperature}"
+        if not 0 <= self.temperature < float("inf"):
+            yield "temperature", f"must be a number of at least 0, got {self.temperature}"
         if not 0 < self.top_p <= 1:
             yield "top_p", f"must be above 0 and at most 1, got {self.top_p}"
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from lm import config as configs
@@ -49,7 +50,12 @@ def load_trained(path: str, *, step: int | None = None) -> Trained:
     config = configs.from_dict(Config, json.loads(text))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(path)))  # it may have moved
     mesh = make_mesh(MeshConfig())  # of the devices here, not of those it was trained on
-    state = Checkpoints(directory, config.checkpoint, {}, print).restore(step, abstract_state(config, mesh))
+    try:
+        abstract = abstract_state(config, mesh)
+    except ConfigError:  # sizes that so many devices cannot split
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        abstract = abstract_state(config, mesh)
+    state = Checkpoints(directory, config.checkpoint, {}, print).restore(step, abstract)
     kind = config.data.tokenizer.kind
     tokenizer = load_tokenizer(kind, read_attachment(directory, step, FILE_NAMES[kind]))
     return Trained(config, state.params, tokenizer, step, mesh)

@@ -59,7 +59,7 @@ def train(config: Config, *, stream: TextIO | None) -> None:
         keep_freed_memory()
     mesh = make_mesh(config.mesh)
     abstract = abstract_state(config, mesh)
-    check_batch(config.train.batch_size, mesh)
+    check_batch(config.train.batch_size // config.train.accumulation, mesh)
     with (
         stop_signals() as stop,
         RunDirectory(config.run.dir) as directory,
@@ -164,7 +164,7 @@ class _Run:
         return first, state
 
     def compile(self) -> None:
-        """Compiles the two programs of the run, so that no later step can be compiled by surprise."""
+        """Compiles the train and evaluation steps, so that no later step can be compiled by surprise."""
         config, start = self.config, time.monotonic()
         sharding = batch_sharding(self.mesh)
         example = self.batches.batch(0)
@@ -227,7 +227,7 @@ class _Run:
             if before is not None:
                 self.log(*before)
             due = self.is_due(config.eval.every, k + 1) and k + 1 < last
-            before = (k, metrics, self.evaluate(state, k + 1) if due else {})
+            before = (k, metrics, self.evaluate(state, k) if due else {})
             if self.is_due(config.checkpoint.every, k + 1) and k + 1 < last:
                 self.log(*before)
                 before = None
@@ -262,20 +262,24 @@ class _Run:
         self.progress.update(k + 1, values | self.meter.latest)
 
     def evaluate(self, state: TrainState, k: int) -> dict[str, float]:
-        """Held-out loss and a sample with k steps done."""
-        if self.held_out is None:
-            return {}
+        """Held-out loss, and a sample, of the state after step k; nothing when a signal ends it early."""
         with self.meter.paused():
+            self.sample(state, k)
+            if self.held_out is None:
+                return {}
             count = len(self.held_out)
             wanted = min(self.config.eval.batches or count, count)
             result = self.held_out_on(state, [int(i) for i in np.linspace(0, count - 1, wanted).round()])
-            self.say(f"{k} steps done: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte")
+            if self.stop.received:
+                return {}
+            self.say(f"after step {k}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte")
             self.sample(state, k)
         return {"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte}
 
     def held_out_on(self, state: TrainState, which: list[int]) -> HeldOut:
         assert self.held_out is not None
-        batches = (self.put(self.held_out.batch(i)) for i in which)
+        held_out = self.held_out
+        batches = (self.put(held_out.batch(i)) for i in which if not self.stop.received)
         return held_out_loss(self.eval_step, state.params, batches)
 
     def sample(self, state: TrainState, k: int) -> str:
@@ -292,12 +296,19 @@ class _Run:
             raise StorageError(f"all {steps} steps are done, but the last state could not be saved: see above")
         if self.held_out is not None:
             result = self.held_out_on(state, list(range(len(self.held_out))))
-            self.summaries.amend_last({"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte})
+            if self.stop.received:
+                raise Stopped(
+                    f"stopped by {self.stop.received} in the last evaluation: all {steps} steps are done and saved; "
+                    f"`lm train {self.directory.path}` evaluates again"
+                )
+            self.summaries.amend_last(
+                steps - 1, {"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte}
+            )
             self.say(
                 f"held-out: {result.bits_per_byte:.4f} bits per byte, loss {result.loss:.4f} nats per token, "
                 f"perplexity {result.perplexity:.2f}, over {human_count(result.bytes)} bytes never trained on"
             )
-        text = self.sample(state, steps)
+        text = self.sample(state, steps - 1)
         if text:
             self.say("sample:\n" + "\n".join("    " + line for line in text.splitlines()))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -15,8 +15,6 @@ def refuse_if_changed(saved: Config, config: Config, *, done: int) -> None:
     What is marked free in the config may change. So may the number of steps and the schedule where the learning
     rate of the steps already done would have been the same.
     """
-    if done == 0:
-        return
     differences = [d for d in diff(saved, config) if not d.free]
     schedule = [d for d in differences if _is_schedule(d)]
     if schedule and _same_rates(saved, config, done):
@@ -36,6 +34,8 @@ def _is_schedule(difference: Difference) -> bool:
 
 
 def _same_rates(saved: Config, config: Config, done: int) -> bool:
+    if done == 0:
+        return True
     # Schedules are made of a few pieces: a thousand samples and the last step tell them apart.
     steps = np.array([*range(0, done, max(done // 1000, 1)), done - 1], np.int32)
     before, after = (jax.vmap(learning_rate(c.optim, c.train.steps))(steps) for c in (saved, config))

@@ -86,8 +86,10 @@ def _accumulate(config: Config, params: Any, batch: Batch, key: jax.Array) -> tu
         return sums.total, sums
 
     gradient = jax.grad(total, has_aux=True)
+    rows = jnp.arange(train.batch_size, dtype=jnp.int32)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)  # one for each row, however it is computed
     if train.accumulation == 1:
-        gradients, sums = gradient(params, batch, jax.random.fold_in(key, 0))
+        gradients, sums = gradient(params, batch, keys)
         return sums, gradients
 
     def split(x: jax.Array) -> jax.Array:
@@ -95,11 +97,11 @@ def _accumulate(config: Config, params: Any, batch: Batch, key: jax.Array) -> tu
         return jnp.swapaxes(x.reshape(-1, train.accumulation, *x.shape[1:]), 0, 1)
 
     def body(carry: tuple[Any, LossSums], inputs: tuple[Batch, jax.Array]) -> tuple[tuple[Any, LossSums], None]:
-        part, index = inputs
-        gradients, sums = gradient(params, part, jax.random.fold_in(key, index))
+        part, part_keys = inputs
+        gradients, sums = gradient(params, part, part_keys)
         return jax.tree.map(jnp.add, carry, (gradients, sums)), None
 
     zeros = jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros((), jnp.float32) for _ in range(4)))
-    parts = jax.tree.map(split, batch)
-    (gradients, sums), _ = jax.lax.scan(body, zeros, (parts, jnp.arange(train.accumulation)))
+    parts = jax.tree.map(split, (batch, keys))
+    (gradients, sums), _ = jax.lax.scan(body, zeros, parts)
     return sums, gradients

@@ -137,7 +137,7 @@ def test_cached_logits_agree_with_uncached(config):
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_value_and_no_gradient(remat):
     config = dataclasses.replace(BASE, windows=(4, 0), dropout=0.3)
-    params, batch, key = params_of(config), batch_of(np.random.default_rng(4)), jax.random.key(5)
+    params, batch, key = params_of(config), batch_of(np.random.default_rng(4)), jax.random.split(jax.random.key(5))
 
     def loss(params, remat):
         return next_token_loss(bind(config, params), batch, dtype=jnp.float32, key=key, remat=remat).total
@@ -155,10 +155,10 @@ def test_dropout_needs_a_key_and_differs_by_it():
     params, batch = params_of(config), batch_of(np.random.default_rng(6))
     without = logits_of(config, params, batch)
     np.testing.assert_array_equal(without, logits_of(dataclasses.replace(config, dropout=0.0), params, batch))
-    first, second = (logits_of(config, params, batch, key=jax.random.key(k)) for k in (0, 1))
+    first, second = (logits_of(config, params, batch, key=jax.random.split(jax.random.key(k))) for k in (0, 1))
     assert np.abs(first - without).max() > 0.1
     assert np.abs(first - second).max() > 0.1
-    np.testing.assert_array_equal(first, logits_of(config, params, batch, key=jax.random.key(0)))
+    np.testing.assert_array_equal(first, logits_of(config, params, batch, key=jax.random.split(jax.random.key(0))))
 
 
 def test_windows_repeat_over_layers_and_the_rest_is_not_lost():
@@ -219,6 +219,38 @@ def test_every_parameter_names_its_axes(config):
     names = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
     assert jax.tree.structure(shapes) == jax.tree.structure(axes, is_leaf=lambda node: isinstance(node, tuple))
     assert [len(n) for n in names] == [len(leaf.shape) for leaf in jax.tree.leaves(shapes)]
+
+
+def test_long_patterns_keep_their_order():
+    """Twelve windows, of which only the last layer's sees further than itself: token 0 reaches everyone, once."""
+    config = dataclasses.replace(BASE, layers=12, windows=(1,) * 11 + (0,))
+    permuted = dataclasses.replace(BASE, layers=12, windows=(1, 1, 0) + (1,) * 9)
+    batch, params = batch_of(np.random.default_rng(10)), params_of(config)
+    order = logits_of(dataclasses.replace(config, windows=()), drawn_like(config, params), batch)
+    windowed = logits_of(dataclasses.replace(config, windows=(0,) * 12), params, batch)
+    np.testing.assert_allclose(order, windowed, rtol=1e-4, atol=1e-4)
+    assert np.abs(logits_of(permuted, params, batch) - logits_of(config, params, batch)).max() > 1e-3
+
+
+def drawn_like(config, params):
+    """The parameters of a pattern with one layer in each place, as those of a model without a pattern."""
+    places = [params["layers"][str(i)] for i in range(config.layers)]
+    return params | {"layers": {"0": jax.tree.map(lambda *leaves: np.concatenate(leaves), *places)}}
+
+
+def test_gradient_of_a_frequent_token_is_summed_in_float32():
+    batch = batch_of(np.random.default_rng(11), batch=4, length=256)
+    batch["tokens"][:] = 7
+    config = dataclasses.replace(BASE, embeddings="untied")
+    params = jax.tree.map(lambda x: 0.1 * x, params_of(config))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(params, dtype):
+        loss = lambda params: next_token_loss(bind(config, params), batch, dtype=jnp.dtype(dtype)).total  # noqa: E731
+        return jax.grad(loss)(params)["embedding"][7]
+
+    exact, low = gradient(params, "float32"), gradient(params, "bfloat16")
+    assert np.abs(low - exact).max() < 0.1 * np.abs(exact).max()
 
 
 def test_bfloat16_computes_in_bfloat16_from_float32_weights():

@@ -26,7 +26,6 @@ def attention_in_blocks(
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    q = q * jnp.asarray(head_dim**-0.5, q.dtype)
 
     count = max(1, min(MOST_BLOCKS, length // SMALLEST_BLOCK)) if same_tokens else 1
     size = -(-length // count)
@@ -43,6 +42,7 @@ def attention_in_blocks(
         # The heads of a group and their queries are one axis: a batch of plain matrix products, which XLA does best.
         rows = q[:, :, start:stop].reshape(batch, kv_heads, -1, head_dim)
         scores = jnp.einsum("bkrd,bktd->bkrt", rows, keys, preferred_element_type=jnp.float32)
+        scores = scores * head_dim**-0.5
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         by_head = scores.reshape(batch, heads, stop - start, last - first)
