@@ -27,12 +27,12 @@ config = Config(
     ),
     data=DataConfig(
         paths=("python-stdlib",),
-        holdout_fraction=0.01,
+        holdout_fraction=0.004,
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
     ),
     optim=OptimConfig(learning_rate=4e-3, beta2=0.98, warmup_steps=30, schedule="linear", final_fraction=0.0),
     train=TrainConfig(steps=300, batch_size=8, sequence_length=256, unroll=4),
     checkpoint=CheckpointConfig(every=100),
-    eval=EvalConfig(every=100, batches=8),
+    eval=EvalConfig(every=100, batches=0),
     sample=SampleConfig(prompt="def "),
 )

@@ -79,7 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         overrides: bool = False,
     ) -> argparse.ArgumentParser:
         verb: argparse.ArgumentParser = group.add_parser(
-            name, help=about, description=about, epilog=EPILOG, formatter_class=style, allow_abbrev=False
+            name,
+            help=about,
+            description=about,
+            epilog=EPILOG if overrides else None,
+            formatter_class=style,
+            allow_abbrev=False,
         )
         verb.set_defaults(run=run, takes_overrides=overrides)
         return verb
@@ -111,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
     verb.add_argument("--scores", action="store_true", help="probability and entropy of each token")
-    verb.add_argument("--threshold", type=float, default=0.1, help="tokens less likely than this are marked")
+    verb.add_argument("--threshold", type=float, default=0.1, help="with --scores: mark tokens less likely than this")
 
     configs = add_group("config", "look at configs")
     verb = add(configs, "show", _config_show, "all values, and what each parameter gets", overrides=True)

@@ -8,6 +8,7 @@ what the parts are parts of; `manifest.json` is written last and is all that rea
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,7 +18,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +37,21 @@ from lm.data.manifest import (
     read_manifest,
     token_dtype,
 )
-from lm.data.plan import PLAN, Plan, compare, divide, part_bytes, part_file, read_plan, settings_of
+from lm.data.plan import (
+    PART_FILES,
+    PLAN,
+    Plan,
+    divide,
+    file_differences,
+    part_bytes,
+    part_file,
+    read_plan,
+    refuse,
+    setting_differences,
+    settings_of,
+)
 from lm.data.records import Shard, ShardWriter
-from lm.data.sources import Piece
+from lm.data.sources import File, Piece
 from lm.data.splits import Tally, holdout_below, split_pieces, text_hash
 from lm.data.tokenizers import FILE_NAMES, Tokenizer, chunks, load_tokenizer, train_sentencepiece
 from lm.errors import DataError
@@ -50,37 +63,73 @@ _SAMPLE_CHARACTERS = 4096
 def build(config: DataConfig, directory: epath.PathLike, progress: Callable[[str], None]) -> Manifest:
     """Tokenises what `config` names into `directory`, or finds that this has been done.
 
-    What was built is taken as it is when its sources are unchanged (by size and time, or else by
-    content) or not on this machine at all. The result does not depend on the number of processes.
+    What was built is taken as it is, also when its sources have changed since or are not on this machine.
+    The result does not depend on the number of processes.
 
     Raises:
-        DataError: bad input; or the directory holds data built from something else.
+        DataError: bad input; or the directory holds data built with other settings or `paths`, or the
+            unfinished build of sources that have changed.
         StorageError: the result cannot be written.
     """
     folder = epath.Path(directory)
-    complete = (folder / FILE).exists()
+    if (folder / FILE).exists():  # before the lock: the directory may be one that cannot be written
+        return _as_built(config, folder, progress)
+    listed = sources.list_files(config.paths, config.holdout_paths)
+    with files.sole_writer(folder, lambda: progress(f"another process is building {folder}; waiting for it")):
+        if not (folder / FILE).exists():
+            return _build(config, folder, listed, progress)
+    return _as_built(config, folder, progress)
+
+
+def _as_built(config: DataConfig, folder: epath.Path, progress: Callable[[str], None]) -> Manifest:
     stored = read_plan(folder)
     settings = settings_of(config)
+    refuse(folder, setting_differences(stored, settings))
+    _kept_tokenizer(config, folder)
+    changed = f"sources changed since; using the data as built; delete {folder} to build anew"
+    same_paths = stored.get("paths") == list(config.paths)
     try:
         listed = sources.list_files(config.paths, config.holdout_paths)
     except DataError:
-        if not complete or any(sources.present(p) for p in config.paths + config.holdout_paths):
+        if not any(sources.present(p) for p in config.paths + config.holdout_paths):
+            progress("the sources are not here; using the data as built")
+        elif same_paths:
+            progress(changed)
+        else:
             raise
-        compare(folder, stored, settings, None)
-        progress("the sources are not here; using the data as built")
         return read_manifest(folder)
-    limit = stored["part_bytes"] if stored else part_bytes(listed)
-    parts = divide(listed, limit)
-    if stored:
-        plan = Plan(settings, limit, parts, stored["holdout_below"])
-        compare(folder, stored, settings, plan)
-    else:
-        plan = Plan(settings, limit, parts, holdout_below(config, parts))
+    limit = stored["part_bytes"]
+    plan = Plan(config.paths, settings, limit, divide(listed, limit), stored["holdout_below"])
+    different = list(file_differences(folder, stored, plan))
+    if different and same_paths:
+        progress(changed)
+        return read_manifest(folder)
+    refuse(folder, different)
     if plan.to_dict() != stored:
         files.write_json(folder / PLAN, plan.to_dict())
-    tokenizer = _tokenizer(config, folder, plan, progress)
-    if complete:
-        return read_manifest(folder)
+    return read_manifest(folder)
+
+
+def _build(config: DataConfig, folder: epath.Path, listed: list[File], progress: Callable[[str], None]) -> Manifest:
+    settings = settings_of(config)
+    # Before the first part is done nothing depends on an earlier plan, which may be of a mistaken config.
+    begun = any(folder.glob(PART_FILES))
+    stored = read_plan(folder) if begun else {}
+    limit = stored["part_bytes"] if stored else part_bytes(listed)
+    parts = divide(listed, limit)
+    plan = Plan(
+        config.paths, settings, limit, parts, stored["holdout_below"] if stored else holdout_below(config, parts)
+    )
+    if stored:
+        refuse(folder, [*setting_differences(stored, settings), *file_differences(folder, stored, plan)])
+    if plan.to_dict() != stored:
+        files.write_json(folder / PLAN, plan.to_dict())
+    path = folder / FILE_NAMES[config.tokenizer.kind]
+    if begun and path.exists():
+        tokenizer = _kept_tokenizer(config, folder)
+    else:
+        tokenizer = _new_tokenizer(config, plan, progress)
+        files.write_atomically(path, tokenizer.serialize())
     _build_parts(config, folder, plan, tokenizer, progress)
     for abandoned in folder.glob("*.tmp"):  # by builds that were killed
         abandoned.unlink(missing_ok=True)
@@ -128,30 +177,32 @@ def build_part(job: Job) -> dict[str, Any]:
     return record
 
 
-def _tokenizer(config: DataConfig, folder: epath.Path, plan: Plan, progress: Callable[[str], None]) -> Tokenizer:
+def _new_tokenizer(config: DataConfig, plan: Plan, progress: Callable[[str], None]) -> Tokenizer:
     wanted = config.tokenizer
-    path = folder / FILE_NAMES[wanted.kind]
-    stored = load_tokenizer(wanted.kind, path) if path.exists() else None
-    if wanted.kind == "sentencepiece" and wanted.path is None:
-        if stored is not None:
-            return stored
-        progress("training the tokenizer")
-        sample = list(_sample(config, plan))
-        tokenizer: Tokenizer = train_sentencepiece(sample, model_type=wanted.model_type, vocab_size=wanted.vocab_size)
-        if tokenizer.vocab_size < wanted.vocab_size and wanted.model_type != "char":
-            progress(f"the text supports a vocabulary of {tokenizer.vocab_size}, not {wanted.vocab_size}")
-    else:
-        if stored is not None and wanted.path is not None and not epath.Path(wanted.path).exists():
-            return stored
-        tokenizer = load_tokenizer(wanted.kind, wanted.path or b"")
-        if stored is not None and stored.fingerprint != tokenizer.fingerprint:
-            raise DataError(
-                f"{wanted.path}: changed since {folder} was built with it; "
-                "choose another data.dir or delete that directory"
-            )
-    if stored is None:
-        files.write_atomically(path, tokenizer.serialize())
+    if wanted.kind != "sentencepiece" or wanted.path is not None:
+        return load_tokenizer(wanted.kind, wanted.path or b"")
+    progress("training the tokenizer")
+    sample = list(_sample(config, plan))
+    tokenizer = train_sentencepiece(sample, model_type=wanted.model_type, vocab_size=wanted.vocab_size)
+    if tokenizer.vocab_size < wanted.vocab_size and wanted.model_type != "char":
+        progress(f"the text supports a vocabulary of {tokenizer.vocab_size}, not {wanted.vocab_size}")
     return tokenizer
+
+
+def _kept_tokenizer(config: DataConfig, folder: epath.Path) -> Tokenizer:
+    """The tokenizer in the directory. Raises DataError if the file that it was taken from is another now."""
+    wanted = config.tokenizer
+    kept = load_tokenizer(wanted.kind, folder / FILE_NAMES[wanted.kind])
+    changed = (
+        wanted.path is not None
+        and epath.Path(wanted.path).exists()
+        and load_tokenizer(wanted.kind, wanted.path).fingerprint != kept.fingerprint
+    )
+    if changed:
+        raise DataError(
+            f"{wanted.path}: changed since {folder} was built with it; choose another data.dir or delete that directory"
+        )
+    return kept
 
 
 def _sample(config: DataConfig, plan: Plan) -> Iterator[str]:
@@ -184,39 +235,44 @@ def _build_parts(
     started = time.monotonic()
     total = sum(piece.stop - piece.start for job in jobs for piece in job.pieces)
     done = 0
-    for count, job in enumerate(_run(jobs, config.workers or os.cpu_count() or 1), 1):
-        done += sum(piece.stop - piece.start for piece in job.pieces)
-        rate = done / (time.monotonic() - started)
-        progress(
-            f"tokenised {count} of {len(jobs)} parts, {done / 1e6:.1f} of {total / 1e6:.1f} MB, "
-            f"{rate / 1e6:.1f} MB/s, {(total - done) / rate if rate else 0:.0f} s left"
-        )
+    with contextlib.closing(_run(jobs, config.workers or os.cpu_count() or 1)) as finished:
+        for count, job in enumerate(finished, 1):
+            done += sum(piece.stop - piece.start for piece in job.pieces)
+            rate = done / (time.monotonic() - started)
+            progress(
+                f"tokenised {count} of {len(jobs)} parts, {done / 1e6:.1f} of {total / 1e6:.1f} MB, "
+                f"{rate / 1e6:.1f} MB/s, {(total - done) / rate if rate else 0:.0f} s left"
+            )
 
 
-def _run(jobs: list[Job], workers: int) -> Iterator[Job]:
-    """Builds the parts and yields each when it is done."""
+def _run(jobs: list[Job], workers: int) -> Generator[Job, None, None]:
+    """Builds the parts and yields each when it is done. Ended early, it ends the processes at once."""
     if min(workers, len(jobs)) <= 1:
         for job in jobs:
             build_part(job)
             yield job
         return
+    others = set(multiprocessing.active_children())
     # spawn: the parent may run threads (of jax, of this module's callers) that a fork would not survive.
     pool = concurrent.futures.ProcessPoolExecutor(
         min(workers, len(jobs)), multiprocessing.get_context("spawn"), _end_with_parent
     )
-    with pool:
+    try:
         futures = {pool.submit(build_part, job): job for job in jobs}
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-                yield futures[future]
-        except BrokenProcessPool:
-            raise DataError(
-                "a process of the build was killed, perhaps for lack of memory; start it again to go on, "
-                "with a smaller data.workers if it was memory"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        for future in concurrent.futures.as_completed(futures):
+            future.result()
+            yield futures[future]
+        pool.shutdown()
+    except BrokenProcessPool:
+        raise DataError(
+            "a process of the build was killed, perhaps for lack of memory; start it again to go on, "
+            "with a smaller data.workers if it was memory"
+        ) from None
+    finally:
+        # A running part may take long, and one that is not finished is built again anyway.
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:

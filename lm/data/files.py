@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,35 @@ def publish(temporary: Path, path: epath.Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(os.fspath(path))
+
+
+@contextlib.contextmanager
+def sole_writer(folder: epath.Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Lets one process after the other write in a local folder; calls `waiting` if another one is in it.
+
+    The lock ends with the process that holds it, however that ends. A bucket has none.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    if is_remote(folder):
+        yield
+        return
+    path = Path(os.fspath(folder)) / "build.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # some network file systems have no locks: better unguarded than not at all
+        yield
 
 
 def local_copy(path: epath.Path, size: int, digest: str) -> str:

@@ -17,6 +17,7 @@ from lm.data.sources import File, Piece
 from lm.errors import DataError
 
 PLAN = "plan.json"
+PART_FILES = "part-*.json"
 
 MIN_PART_BYTES = 4 << 20
 MAX_PART_BYTES = 64 << 20
@@ -26,6 +27,7 @@ MAX_PART_BYTES = 64 << 20
 class Plan:
     """What is built: everything that decides the result. Documents with smaller hashes are held out."""
 
+    paths: tuple[str, ...]
     settings: dict[str, Any]
     part_bytes: int
     parts: list[list[Piece]]
@@ -34,6 +36,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
+            "paths": list(self.paths),
             "settings": self.settings,
             "part_bytes": self.part_bytes,
             "holdout_below": self.holdout_below,
@@ -92,16 +95,8 @@ def read_plan(folder: epath.Path) -> dict[str, Any]:
     return stored
 
 
-def compare(folder: epath.Path, stored: dict[str, Any], settings: dict[str, Any], plan: Plan | None) -> None:
-    """Raises DataError if the directory was built from something else; `plan` None: without a look at files."""
-    before = stored.get("settings", {})
-    different = [
-        f"data.{key}: built with {before.get(key)!r}, now {settings.get(key)!r}"
-        for key in sorted(before.keys() | settings.keys())
-        if before.get(key) != settings.get(key)
-    ]
-    if plan is not None:
-        different += _file_differences(folder, stored, plan)
+def refuse(folder: epath.Path, different: list[str]) -> None:
+    """Raises DataError if the directory was built from something else: if there is any difference."""
     if different:
         more = [f"and {len(different) - 5} more"] if len(different) > 5 else []
         raise DataError(
@@ -111,7 +106,16 @@ def compare(folder: epath.Path, stored: dict[str, Any], settings: dict[str, Any]
         )
 
 
-def _file_differences(folder: epath.Path, stored: dict[str, Any], plan: Plan) -> Iterator[str]:
+def setting_differences(stored: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    before = stored.get("settings", {})
+    return [
+        f"data.{key}: built with {before.get(key)!r}, now {settings.get(key)!r}"
+        for key in sorted(before.keys() | settings.keys())
+        if before.get(key) != settings.get(key)
+    ]
+
+
+def file_differences(folder: epath.Path, stored: dict[str, Any], plan: Plan) -> Iterator[str]:
     before, now = stored["files"], plan.to_dict()["files"]
     touched = set()
     for name in sorted(before.keys() | now.keys()):

@@ -14,6 +14,7 @@ after it. A checkpoint is named by the steps done.
 
 import json
 import resource
+import shlex
 import sys
 import time
 from typing import TextIO
@@ -183,7 +184,7 @@ class _Run:
         )
         tokens = self.batches.stream.tokens
         self.say(
-            f"{human_count(parameter_count(config.model))} parameters, {human_count(flops.causal)}FLOP/token "
+            f"{human_count(parameter_count(config.model))} parameters, {human_count(flops.causal)} FLOP per token "
             f"(causal), {human_count(tokens)} training tokens, "
             f"{self.meter.tokens_per_step * config.train.steps / tokens:.2f} epochs; "
             f"{self.mesh.size} x {jax.devices()[0].device_kind}; "
@@ -314,10 +315,10 @@ class _Run:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.say(
             f"all {steps} steps are done, in {self.directory.path} "
-            f"({human_seconds(time.monotonic() - self.started)}, peak memory of this process {human_count(peak)}B)\n"
+            f"({human_seconds(time.monotonic() - self.started)}, peak memory of this process {peak / 1e9:.2f} GB)\n"
             "next:\n"
             f"    tensorboard --logdir {self.directory.path}\n"
-            f"    lm generate {self.directory.path} --prompt 'def '\n"
+            f"    lm generate {self.directory.path} --prompt {shlex.quote(self.config.sample.prompt)}\n"
             f"    lm eval {self.directory.path}\n"
-            f"    lm train {self.directory.path}    # goes on where a stopped run was, bit for bit"
+            f"    lm train {self.directory.path}    # a run that was stopped (Ctrl-C) goes on, bit for bit"
         )

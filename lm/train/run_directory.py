@@ -30,7 +30,7 @@ class RunDirectory:
 
     Entering creates the folders and takes the lock. The kernel frees the lock when the process ends in
     whatever way, so a killed run never has to be unlocked by hand. Nothing is created when another
-    process has the lock. Buckets, and file systems without locks, are not protected: `locked` is False there.
+    process has the lock. Buckets, and file systems without locks, are not protected.
     In a run of many processes, the one that writes the logs enters; the others only read the locations.
 
     Raises, on entering:
@@ -45,7 +45,6 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.jsonl"
         self.log = self.path / "log.txt"
-        self.locked = False
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
@@ -69,7 +68,7 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             os.close(self._lock)
-        self._lock, self.locked = None, False
+        self._lock = None
 
     def _take_lock(self) -> None:
         descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -86,8 +85,6 @@ class RunDirectory:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 os.close(descriptor)
                 raise
-        else:
-            self.locked = True
         self._lock = descriptor
         now = datetime.datetime.now(datetime.UTC)
         holder = f"process {os.getpid()} on {socket.gethostname()}, started {now:%Y-%m-%d %H:%M:%S} UTC"
@@ -110,19 +107,8 @@ def write_atomically(path: str | os.PathLike[str], contents: bytes) -> None:
     try:
         if _is_url(target):
             target.write_bytes(contents)  # a bucket shows an object only when it is complete
-            return
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(contents)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-        _sync_directory(target.parent)
+        else:
+            _replace_local(target, contents)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {_reason(error)}") from error
 
@@ -147,18 +133,20 @@ class AppendOnlyFile:
         self._try(lambda: self._file.append(record))
 
     def truncate(self, size: int) -> None:
-        """Drops everything after the first `size` bytes. Call it before the first append."""
+        """Drops everything after the first `size` bytes."""
         self._try(lambda: self._file.truncate(size))
 
+    def replace(self, contents: bytes) -> None:
+        """Writes the whole file anew: what fails, or is interrupted, leaves the old one as it was."""
+        self._try(lambda: self._file.replace(contents))
+
     def replace_last(self, change: Callable[[bytes], bytes]) -> None:
-        """Puts what `change` makes of the last line in its place; for files of whole lines that are not empty."""
+        """Like `replace`, with what `change` makes of the last line (of nothing, when there is none) in its place."""
 
         def replace() -> None:
             contents = self._file.contents()
             begin = contents.rfind(b"\n", 0, -1) + 1
-            new = change(contents[begin:])
-            self._file.truncate(begin)
-            self._file.append(new)
+            self._file.replace(contents[:begin] + change(contents[begin:]))
 
         self._try(replace)
 
@@ -182,6 +170,7 @@ class _File(Protocol):
     def contents(self) -> bytes: ...
     def append(self, record: bytes) -> None: ...
     def truncate(self, size: int) -> None: ...
+    def replace(self, contents: bytes) -> None: ...
     def close(self) -> None: ...
 
 
@@ -202,10 +191,14 @@ class _LocalFile:
             raise
 
     def contents(self) -> bytes:
-        return self._path.read_bytes()
+        return self._path.read_bytes() if self._path.exists() else b""
 
     def truncate(self, size: int) -> None:
         os.truncate(self._path, size)
+
+    def replace(self, contents: bytes) -> None:
+        _replace_local(self._path, contents)
+        self.close()  # the descriptor is of the old file: the next append opens the new one
 
     def close(self) -> None:
         if self._descriptor is not None:
@@ -238,6 +231,10 @@ class _BucketFile:
     def truncate(self, size: int) -> None:
         del self._loaded()[size:]
         self._changed = True
+
+    def replace(self, contents: bytes) -> None:
+        self._loaded()[:] = contents  # in one step: an upload may be reading it
+        self.append(b"")
 
     def close(self) -> None:
         self._closing.set()
@@ -272,6 +269,22 @@ class _BucketFile:
 
 def _is_url(path: epath.Path) -> bool:
     return "://" in str(path)
+
+
+def _replace_local(target: epath.Path, contents: bytes) -> None:
+    # Not named after the target: TensorBoard reads every file with "tfevents" in its name.
+    temporary = target.with_name(f".{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_directory(target.parent)
 
 
 def _sync_directory(path: epath.Path) -> None:

@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+from google.protobuf.message import DecodeError
 from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.text import summary_v2 as text_plugin
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -27,9 +29,7 @@ from lm.train.run_directory import AppendOnlyFile, RunDirectory
 TAGS = {
     "loss": "train/loss",
     "bits_per_byte": "train/bits_per_byte",
-    "z_loss": "train/z_loss",
     "tokens": "train/tokens",
-    "epoch": "train/epoch",
     "skipped_steps": "train/skipped_steps",
     "heldout_loss": "heldout/loss",
     "heldout_bits_per_byte": "heldout/bits_per_byte",
@@ -49,8 +49,8 @@ class Summaries:
     """Writes the logged values of a run that starts, or goes on, after `first_step` finished steps.
 
     What an earlier start of the run logged beyond `first_step` is undone, as those steps are run again:
-    metrics.jsonl and the event files are cut there, and a TensorBoard that has them in memory is told to
-    forget them. Steps are counted from 0: `first_step` is the first that can be logged now.
+    it is taken out of metrics.jsonl and the event files, and a TensorBoard that has it in memory is told to
+    forget it. Steps are counted from 0: `first_step` is the first that can be logged now.
 
     Once training goes on, failing storage never raises: it is told to `report` once per file.
 
@@ -87,20 +87,28 @@ class Summaries:
         plain = {name: _plain(value) for name, value in values.items()}
         line = {"step": int(step)} | {name: _json_number(value) for name, value in plain.items()}
         self._metrics.append(json.dumps(line, allow_nan=False).encode() + b"\n")
-        summary = summary_pb2.Summary()
-        for name, value in plain.items():
-            # 20 times cheaper to build than the tensor form, which TensorBoard makes of it when it reads.
-            summary.value.add(tag=_tag(name), simple_value=value)
-        self._add_event(step=step, summary=summary)
+        self._add_scalars(step, plain)
 
-    def amend_last(self, values: Mapping[str, float]) -> None:
-        """Adds values to the last line of metrics.jsonl, and to TensorBoard as of the step after it."""
+    def amend_last(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds values to the line of `step`, the last one; where that line is missing, they become it.
+
+        TensorBoard shows them at the step after it, so a start that goes on after `step` can log them anew.
+
+        Raises:
+          ValueError: a later step is logged, or is finished.
+        """
+        if step < self._next_step - 1:
+            raise ValueError(f"step {step} is not the last: the next can be {self._next_step}")
+        self._next_step = step + 1
         extra = {name: _json_number(_plain(value)) for name, value in values.items()}
-        self._metrics.replace_last(lambda line: json.dumps(json.loads(line) | extra).encode() + b"\n")
-        summary = summary_pb2.Summary()
-        for name, value in values.items():
-            summary.value.add(tag=_tag(name), simple_value=value)
-        self._add_event(step=self._next_step, summary=summary)
+
+        def amended(line: bytes) -> bytes:
+            of_step = _step_of(line) == step
+            kept, fields = (b"", json.loads(line)) if of_step else (line, {"step": int(step)})
+            return kept + json.dumps(fields | extra, allow_nan=False).encode() + b"\n"
+
+        self._metrics.replace_last(amended)
+        self._add_scalars(step + 1, values)
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Shows a text in TensorBoard, rendered as markdown: see `verbatim` for text that is not."""
@@ -114,6 +122,13 @@ class Summaries:
     def close(self) -> None:
         self._metrics.close()
         self._events.close()
+
+    def _add_scalars(self, step: int, values: Mapping[str, float | int]) -> None:
+        summary = summary_pb2.Summary()
+        for name, value in values.items():
+            # 20 times cheaper to build than the tensor form, which TensorBoard makes of it when it reads.
+            summary.value.add(tag=_tag(name), simple_value=value)
+        self._add_event(step=step, summary=summary)
 
     def _add_event(self, **fields: Any) -> None:
         self._records.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
@@ -147,7 +162,7 @@ def _json_number(value: float | int) -> float | int | str:
 
 def _cut(
     path: epath.Path,
-    size_before: Callable[[bytes, int], int],
+    before: Callable[[bytes, int], bytes],
     step: int,
     report: Callable[[str], None],
 ) -> None:
@@ -155,15 +170,18 @@ def _cut(
         contents = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise StorageError(f"cannot read what the run logged before, in {path}: {error}") from error
-    size = size_before(contents, step)
-    if size < len(contents):
+    kept = before(contents, step)
+    if kept != contents:
         file = AppendOnlyFile(path, report)
-        file.truncate(size)
+        if contents.startswith(kept):  # needs no space, so it works on a full disk
+            file.truncate(len(kept))
+        else:
+            file.replace(kept)
         file.close()
 
 
-def _lines_before(contents: bytes, step: int) -> int:
-    """Bytes up to the first line of `step` or later, or to a tail torn by a crash."""
+def _lines_before(contents: bytes, step: int) -> bytes:
+    """All up to the first line of `step` or later, or to a tail torn by a crash."""
     position = size = 0
     for line in contents.splitlines(keepends=True):
         position += len(line)
@@ -172,25 +190,30 @@ def _lines_before(contents: bytes, step: int) -> int:
             break
         if logged is not None:  # a line that cannot be read stays if a good one follows
             size = position
-    return size
+    return contents[:size]
 
 
-def _events_before(contents: bytes, step: int) -> int:
-    """Bytes up to the first summary of `step` or later, or to a tail torn by a crash.
+def _events_before(contents: bytes, step: int) -> bytes:
+    """The events before `step` (they need not be in order), up to a record that is torn or damaged.
 
-    A record is its length (8 bytes), a checksum (4), an `Event`, and a checksum (4).
+    A record is its length (8 bytes), a checksum (4), an `Event`, and a checksum (4). TensorBoard reads nothing
+    after a damaged one. The second checksum is not computed here: in Python that takes minutes for a long run.
     """
+    kept = []
     position = 0
     while position + 12 <= len(contents):
-        [length] = struct.unpack_from("<Q", contents, position)
+        length, checksum = struct.unpack_from("<QI", contents, position)
         end = position + 12 + length + 4
-        if end > len(contents):
+        if end > len(contents) or checksum != masked_crc32c(contents[position : position + 8]):
             break
-        event = event_pb2.Event.FromString(contents[position + 12 : end - 4])
-        if event.HasField("summary") and event.step >= step:
+        try:
+            event = event_pb2.Event.FromString(contents[position + 12 : end - 4])
+        except DecodeError:
             break
+        if event.step < step or event.HasField("file_version"):
+            kept.append(contents[position:end])
         position = end
-    return position
+    return b"".join(kept)
 
 
 def _step_of(line: bytes) -> int | None:

@@ -1,22 +1,29 @@
+import concurrent.futures
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 
 from lm.data import build as build_module
 from lm.data import plan, sources
 from lm.data.build import build
 from lm.data.config import DataConfig, TokenizerConfig
+from lm.data.files import sole_writer
 from lm.data.manifest import read_manifest, read_tokenizer
 from lm.data.stream import TokenStream
 from lm.errors import DataError, StorageError
@@ -257,35 +264,132 @@ def test_bad_text_in_a_process_is_reported_as_it_is(corpus: DataConfig, tmp_path
         build(replace(corpus, workers=2), tmp_path / "data", quiet)
 
 
-def test_changes_since_the_build_are_named(corpus: DataConfig, tmp_path: Path) -> None:
+def test_other_settings_than_those_of_the_build_are_refused(corpus: DataConfig, tmp_path: Path) -> None:
     folder, source = tmp_path / "data", tmp_path / "corpus"
     build(corpus, folder, quiet)
 
-    def refused(message: str, config: DataConfig = corpus) -> None:
+    def refused(message: str, config: DataConfig) -> None:
         with pytest.raises(DataError, match=message) as caught:
             build(config, folder, quiet)
         assert "choose another data.dir" in str(caught.value)
 
     refused(r"data\.holdout_fraction: built with 0\.1, now 0\.2", replace(corpus, holdout_fraction=0.2))
     refused(r"data\.tokenizer: ", replace(corpus, tokenizer=TokenizerConfig()))
-    (source / "new.txt").write_text("new")
-    refused(r"new\.txt: new")
-    (source / "new.txt").unlink()
-    old = (source / "03.txt").read_bytes()
-    (source / "03.txt").unlink()
-    refused(r"03\.txt: gone")
-    (source / "03.txt").write_bytes(old + b"!")
-    refused(rf"03\.txt: {len(old)} bytes before, now {len(old) + 1}")
-    (source / "03.txt").write_bytes(b"~" + old[1:] if old[:1].isascii() else b"~~" + old[2:])
-    refused(r"03\.txt: other content, of the same size")
-    (source / "03.txt").write_bytes(old)
-    os.utime(source / "03.txt", ns=(1, 1))
-    build(corpus, folder, quiet)  # only the time is new
+    write_corpus(tmp_path / "another", files=2, seed=1)
+    refused(r"another/00\.txt: new", replace(corpus, paths=(str(tmp_path / "another"),)))
     shutil.rmtree(source)
-    messages: list[str] = []
-    assert build(corpus, folder, messages.append) == read_manifest(folder)
-    assert "not here" in messages[0]
     refused("holdout_fraction", replace(corpus, holdout_fraction=0.2))
+
+
+def change(source: Path, what: str) -> str:
+    """Changes a corpus in one way and gives what is said of it."""
+    file = source / "03.txt"
+    old = file.read_bytes()
+    if what == "new":
+        (source / "new.txt").write_text("new")
+        return r"new\.txt: new"
+    if what == "gone":
+        file.unlink()
+        return r"03\.txt: gone"
+    if what == "longer":
+        file.write_bytes(old + b"!")
+        return rf"03\.txt: {len(old)} bytes before, now {len(old) + 1}"
+    file.write_bytes(b"~" * len(old))
+    return r"03\.txt: other content, of the same size"
+
+
+@pytest.mark.parametrize("what", ["new", "gone", "longer", "other"])
+def test_sources_that_change(corpus: DataConfig, tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "data"
+    first = build(corpus, folder, quiet)
+    before = contents(folder)
+    said = change(tmp_path / "corpus", what)
+    messages: list[str] = []
+    assert build(corpus, folder, messages.append) == first
+    assert messages == [f"sources changed since; using the data as built; delete {folder} to build anew"]
+    assert contents(folder) == before
+    (folder / "manifest.json").unlink()  # a build that is not finished cannot go on with other text
+    with pytest.raises(DataError, match=said):
+        build(corpus, folder, quiet)
+
+
+def test_sources_that_are_the_same_or_not_here(corpus: DataConfig, tmp_path: Path) -> None:
+    folder, source = tmp_path / "data", tmp_path / "corpus"
+    messages: list[str] = []
+    first = build(replace(corpus, paths=(*corpus.paths, str(source / "*.txt"))), folder, quiet)
+    os.utime(source / "03.txt", ns=(1, 1))
+    assert build(corpus, folder, messages.append) == first  # the same files: a new time, named in another way
+    assert not messages
+    shutil.rmtree(source)
+    assert build(corpus, folder, messages.append) == first
+    assert "not here" in messages[0]
+
+
+def test_one_of_several_sources_is_gone(corpus: DataConfig, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "another", files=2, seed=1)
+    both = replace(corpus, paths=(*corpus.paths, str(tmp_path / "another")))
+    first = build(both, tmp_path / "data", quiet)
+    shutil.rmtree(tmp_path / "another")
+    messages: list[str] = []
+    assert build(both, tmp_path / "data", messages.append) == first
+    assert "sources changed since" in messages[0]
+
+
+def test_what_failed_before_the_first_part_binds_to_nothing(corpus: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    bad = tmp_path / "corpus" / "00-bad.txt"
+    bad.write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"00-bad\.txt"):
+        build(corpus, folder, quiet)
+    bad.unlink()
+    with pytest.raises(DataError, match="or more"):
+        build(replace(corpus, tokenizer=TokenizerConfig(vocab_size=100)), folder, quiet)
+    trained = replace(corpus, tokenizer=TokenizerConfig(vocab_size=400))
+    (folder / plan.PLAN).write_text("{")
+    shutil.copy(write_other_tokenizer(tmp_path), folder / "tokenizer.model")  # as trained for that plan
+    assert build(trained, folder, quiet) == build(trained, tmp_path / "whole", quiet)
+
+
+def write_other_tokenizer(folder: Path) -> Path:
+    (folder / "other.txt").write_text("plain words only\n" * 100)
+    config = DataConfig(
+        (str(folder / "other.txt"),), holdout_fraction=0.0, tokenizer=TokenizerConfig(vocab_size=300), workers=1
+    )
+    build(config, folder / "other", quiet)
+    return folder / "other" / "tokenizer.model"
+
+
+def test_of_two_builds_at_once_the_second_waits(corpus: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    first = build(corpus, tmp_path / "first", quiet)
+    messages: list[str] = []
+    said = threading.Event()
+
+    def progress(message: str) -> None:
+        messages.append(message)
+        said.set()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with sole_writer(epath.Path(folder), lambda: None):
+            second = pool.submit(build, corpus, folder, progress)
+            assert said.wait(30)
+            assert not second.done()
+            shutil.copytree(tmp_path / "first", folder, dirs_exist_ok=True)
+        assert second.result(30) == first
+    assert messages == [f"another process is building {folder}; waiting for it"]
+
+
+def test_a_build_that_ends_early_ends_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module, "build_part", time.sleep)
+    run: Any = build_module._run
+    running = run([0, 60], workers=2)
+    assert next(running) == 0
+    begun = time.monotonic()
+    running.close()
+    with pytest.raises(TypeError):
+        list(run(["not seconds", 60], workers=2))
+    assert time.monotonic() - begun < 30
+    assert not multiprocessing.active_children()
 
 
 def test_a_tokenizer_file_that_changed_is_refused(corpus: DataConfig, tmp_path: Path) -> None:

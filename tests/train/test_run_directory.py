@@ -1,6 +1,7 @@
 """The lock against real processes; files on a full disk, which a limit on file size stands for."""
 
 import contextlib
+import os
 import re
 import resource
 import subprocess
@@ -49,12 +50,9 @@ def file_size_limit(size: int) -> Iterator[None]:
 def test_entering_makes_the_folders_and_the_locations_are_known_before(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "runs" / "a")
     assert not (tmp_path / "runs").exists()
-    assert not run.locked
     with run:
-        assert run.locked
         made = {path.name for path in (tmp_path / "runs" / "a").iterdir()}
         assert made == {"checkpoints", "tensorboard", ".lock"}
-    assert not run.locked
     files = (run.config, run.checkpoints, run.tensorboard, run.metrics, run.log)
     assert [file.name for file in files] == [
         "config.json",
@@ -78,7 +76,6 @@ def test_a_second_process_is_refused_by_name_and_makes_nothing(tmp_path: Path) -
             rf"in use by process {process.pid} on .+, started \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC: wait",
             str(error.value),
         )
-        assert not refused.locked
         assert [path.name for path in (tmp_path / "a").iterdir()] == [".lock"]
         assert (tmp_path / "a" / ".lock").read_bytes() == lock
 
@@ -87,15 +84,15 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     with holder(tmp_path / "a") as process:
         process.kill()
         process.wait()
-        with RunDirectory(tmp_path / "a") as run:
-            assert run.locked
+        with RunDirectory(tmp_path / "a"):
+            pass
 
 
 def test_one_process_cannot_take_the_lock_twice_but_again(tmp_path: Path) -> None:
     with RunDirectory(tmp_path), pytest.raises(ConfigError), RunDirectory(tmp_path):
         pass
-    with RunDirectory(tmp_path) as run:
-        assert run.locked
+    with RunDirectory(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("inside", ["", "/under/it"])
@@ -141,6 +138,42 @@ def test_a_record_that_does_not_fit_leaves_nothing_and_is_told_once(tmp_path: Pa
     assert "log.txt: File too large; the run goes on" in reports[0]
 
 
+def test_a_last_line_is_replaced_or_stays_and_what_is_appended_follows_it(tmp_path: Path) -> None:
+    reports: list[str] = []
+    path = tmp_path / "log.txt"
+    file = AppendOnlyFile(path, reports.append)
+    file.replace_last(lambda line: line + b"one\n")
+    file.append(b"two\n")
+    file.replace_last(lambda line: line.upper())
+    file.append(b"three\n")
+    assert path.read_bytes() == b"one\nTWO\nthree\n"
+    assert not reports
+    with file_size_limit(100):
+        file.replace_last(lambda _: b"x" * 200)
+    assert path.read_bytes() == b"one\nTWO\nthree\n"
+    assert reports == [f"cannot write {path}: File too large; the run goes on, what cannot be written is missing there"]
+    file.append(b"four\n")
+    file.close()
+    assert path.read_bytes() == b"one\nTWO\nthree\nfour\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_replacement_that_is_interrupted_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "events.out.tfevents.1"
+    path.write_bytes(b"one\ntwo\n")
+    seen = []
+
+    def killed(source: Path, _: Path) -> None:
+        seen.append((path.read_bytes(), Path(source).read_bytes(), "tfevents" in Path(source).name))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        AppendOnlyFile(path, pytest.fail).replace_last(lambda _: b"2\n")
+    assert seen == [(b"one\ntwo\n", b"one\n2\n", False)]
+    assert path.read_bytes() == b"one\ntwo\n"
+
+
 def test_a_file_that_cannot_be_opened_is_told_once(tmp_path: Path) -> None:
     reports: list[str] = []
     file = AppendOnlyFile(tmp_path / "missing" / "log.txt", reports.append)
@@ -173,8 +206,9 @@ def test_in_a_bucket_the_file_is_written_whole_now_and_then_and_at_the_end(
 
     monkeypatch.setattr(run_directory, "UPLOAD_SECONDS", 0.01)
     file.append(b"3\n")
+    file.replace_last(lambda line: line * 2)
     deadline = time.monotonic() + 30
-    while (tmp_path / "log.txt").read_bytes() != b"one\n2\n3\n":
+    while (tmp_path / "log.txt").read_bytes() != b"one\n2\n3\n3\n":
         assert time.monotonic() < deadline
         time.sleep(0.01)
     file.close()

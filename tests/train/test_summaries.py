@@ -187,6 +187,76 @@ def test_an_event_file_torn_anywhere_is_cut_to_whole_events(tmp_path: Path) -> N
     assert max(ends) == len(contents)
 
 
+def test_a_damaged_event_ends_its_file_and_not_the_start(tmp_path: Path) -> None:
+    log = start(tmp_path)
+    for step in (1, 2, 3):
+        log.scalars(step, {"loss": float(step)})
+    log.close()
+    [file] = (tmp_path / "tensorboard").iterdir()
+    contents = file.read_bytes()
+    ends = [0]
+    while ends[-1] < len(contents):
+        [length] = struct.unpack_from("<Q", contents, ends[-1])
+        ends.append(ends[-1] + length + 16)
+    begin = ends[3]  # of step 2, after the version, the start and step 1
+    for place, damage in ((0, b"\0" * 12), (0, b"\1"), (8, b"\0\0\0\0"), (12, b"\xff" * 20)):
+        broken = contents[: begin + place] + damage + contents[begin + place + len(damage) :]
+        file.write_bytes(broken)
+        log = start(tmp_path, first_step=4)
+        log.scalars(4, {"loss": 4.0})
+        log.close()
+        assert file.read_bytes() == contents[:begin]
+        assert points(tmp_path, "train/loss") == [(1, 1.0), (4, 4.0)]
+        for other in set(file.parent.iterdir()) - {file}:
+            other.unlink()
+
+
+def test_events_out_of_order_lose_only_the_later_ones(tmp_path: Path) -> None:
+    log = start(tmp_path)
+    log.text(3, "sample", "early")
+    for step in (1, 2, 3):
+        log.scalars(step, {"loss": float(step)})
+    log.close()
+    [file] = (tmp_path / "tensorboard").iterdir()
+    before = file.stat()
+    start(tmp_path, first_step=4).close()
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    start(tmp_path, first_step=3).close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=False).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2]
+    assert "sample" not in board.Tags()["tensors"]
+
+
+def test_the_last_line_is_amended_only_if_it_is_of_the_step(tmp_path: Path) -> None:
+    log = start(tmp_path)
+    log.scalars(1, {"loss": 1.0})
+    log.amend_last(1, {"heldout_loss": math.inf})
+    log.amend_last(1, {"heldout_loss": 2.0})
+    log.amend_last(3, {"heldout_loss": 3.0})
+    with pytest.raises(ValueError, match="step 2 is not the last: the next can be 4"):
+        log.amend_last(2, {"heldout_loss": 4.0})
+    log.scalars(4, {"loss": 4.0})
+    log.close()
+    expected = [
+        {"step": 1, "loss": 1.0, "heldout_loss": 2.0},
+        {"step": 3, "heldout_loss": 3.0},
+        {"step": 4, "loss": 4.0},
+    ]
+    assert lines(tmp_path) == expected
+    log = start(tmp_path, first_step=5)
+    log.amend_last(4, {"heldout_loss": 5.0})
+    log.close()
+    assert lines(tmp_path) == [*expected[:2], {"step": 4, "loss": 4.0, "heldout_loss": 5.0}]
+    assert points(tmp_path, "heldout/loss")[-1] == (5, 5.0)
+
+
+def test_amending_starts_a_file_that_is_missing(tmp_path: Path) -> None:
+    log = start(tmp_path, first_step=3)
+    log.amend_last(2, {"heldout_loss": 1.0})
+    log.close()
+    assert lines(tmp_path) == [{"step": 2, "heldout_loss": 1.0}]
+
+
 def test_earlier_metrics_that_cannot_be_read_end_the_start(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(StorageError, match=r"cannot read .*metrics\.jsonl"):
