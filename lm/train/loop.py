@@ -263,16 +263,13 @@ class _Run:
         self.progress.update(k + 1, values | self.meter.latest)
 
     def evaluate(self, state: TrainState, k: int) -> dict[str, float]:
-        """Held-out loss, and a sample, of the state after step k; nothing when a signal ends it early."""
+        """Held-out loss, and a sample, of the state after step k."""
+        if self.held_out is None:
+            return {}
         with self.meter.paused():
-            self.sample(state, k)
-            if self.held_out is None:
-                return {}
             count = len(self.held_out)
             wanted = min(self.config.eval.batches or count, count)
             result = self.held_out_on(state, [int(i) for i in np.linspace(0, count - 1, wanted).round()])
-            if self.stop.received:
-                return {}
             self.say(f"after step {k}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte")
             self.sample(state, k)
         return {"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte}
@@ -280,7 +277,7 @@ class _Run:
     def held_out_on(self, state: TrainState, which: list[int]) -> HeldOut:
         assert self.held_out is not None
         held_out = self.held_out
-        batches = (self.put(held_out.batch(i)) for i in which if not self.stop.received)
+        batches = (self.put(held_out.batch(i)) for i in which)
         return held_out_loss(self.eval_step, state.params, batches)
 
     def sample(self, state: TrainState, k: int) -> str:
@@ -297,11 +294,6 @@ class _Run:
             raise StorageError(f"all {steps} steps are done, but the last state could not be saved: see above")
         if self.held_out is not None:
             result = self.held_out_on(state, list(range(len(self.held_out))))
-            if self.stop.received:
-                raise Stopped(
-                    f"stopped by {self.stop.received} in the last evaluation: all {steps} steps are done and saved; "
-                    f"`lm train {self.directory.path}` evaluates again"
-                )
             self.summaries.amend_last(
                 steps - 1, {"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte}
             )

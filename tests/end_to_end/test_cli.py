@@ -247,8 +247,7 @@ def test_data_that_cannot_be_used(error: Error, tmp_path: Path, in_workplace: Pa
 
 def test_a_vocabulary_that_is_not_the_tokenizer_s(error: Error, tmp_path: Path) -> None:
     line = error(2, ["train", "tiny.py", f"--run.dir={tmp_path}/run", "--model.vocab_size=300"])
-    assert "model.vocab_size is 300" in line
-    assert "has 258 ids: write --model.vocab_size 258" in line
+    assert "model.vocab_size: the bytes tokenizer has 258 ids, got 300: write --model.vocab_size 258" in line
 
 
 def test_a_batch_that_the_devices_cannot_share(
@@ -256,7 +255,10 @@ def test_a_batch_that_the_devices_cannot_share(
 ) -> None:
     arguments = [f"--run.dir={tmp_path}/run", f"--data.paths={workplace}/text", "--train.batch_size=6"]
     assert main(["train", str(workplace / "tiny.py"), *arguments]) == 2
-    assert "train.batch_size (6,): batch of 6 cannot be split over mesh axes fsdp of 8" in capsys.readouterr().err
+    assert (
+        "train.batch_size / train.accumulation (6,): batch of 6 cannot be split over mesh axes fsdp of 8"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
 
 
