@@ -85,7 +85,7 @@ def test_a_model_that_the_mesh_cannot_split_is_refused_before_anything_is_alloca
         abstract_state(config, mesh(fsdp=8))
     with pytest.raises(ConfigError, match=r"attention\.\w+ .*heads of 3 cannot be split over mesh axes tensor of 2"):
         abstract_state(config, mesh(tensor=2))
-    with pytest.raises(ConfigError, match=r"train.batch_size / train.accumulation \(6,\): batch of 6 .* data x fsdp of 4"):
+    with pytest.raises(ConfigError, match=r"accumulation \(6,\): batch of 6 .* data x fsdp of 4"):
         check_batch(6, mesh(data=2, fsdp=2))
     check_batch(8, mesh(data=2, fsdp=2, tensor=2))
 
