@@ -11,7 +11,7 @@ from lm.experiment import Config, RunConfig
 from lm.model.config import ModelConfig
 from lm.optim.config import OptimConfig
 from lm.parallel.mesh import MeshConfig
-from lm.train.config import CheckpointConfig, EvalConfig, TrainConfig
+from lm.train.config import CheckpointConfig, EvalConfig, SampleConfig, TrainConfig
 
 config = Config(
     run=RunConfig(dir="runs/llama3_8b"),
@@ -39,4 +39,5 @@ config = Config(
     mesh=MeshConfig(fsdp=-1),
     checkpoint=CheckpointConfig(every=500, keep_last=2, keep_every=10_000),
     eval=EvalConfig(every=1000),
+    sample=SampleConfig(tokens=0),
 )

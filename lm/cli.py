@@ -1,6 +1,7 @@
 """`lm VERB …`: one thin function per verb. What is heavy to import is imported inside, so that help is instant."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,8 @@ ABOUT = "Pretrains decoder-only transformer language models."
 EPILOG = """\
 CONFIG is a .py file with a `config`, a .json file, or a run directory.
 Every value in it can be overridden: lm train CONFIG --train.steps 50 --run.dir=runs/a
-exit codes: 0 done, 2 config or usage, 3 data, 4 diverged, 5 storage, 75 stopped and resumable
+exit codes: 0 done, 2 config or usage, 3 data, 4 diverged, 5 storage, 6 another process of the run ended,
+            75 stopped and resumable
 """
 _OVERRIDE = re.compile(r"--[A-Za-z_]\w*(\.\w+)+(=.*)?", re.DOTALL)
 
@@ -35,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except (LmError, Stopped) as error:
-        print(f"lm: {error}", file=sys.stderr)
+        if str(error):  # where all processes of a run stop, one says so
+            print(f"lm: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -122,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     verb = add(configs, "show", _config_show, "all values, and what each parameter gets", overrides=True)
     verb.add_argument("config", metavar="CONFIG")
     verb.add_argument("--json", action="store_true", help="the values only, as config.json has them")
+    verb.add_argument("--sharding", action="store_true", help="where each parameter lies, and bytes per device")
+    verb.add_argument("--devices", type=int, metavar="N", help="with --sharding: on so many; default: those here")
     verb = add(configs, "diff", _config_diff, "the values that differ")
     verb.add_argument("a", metavar="A")
     verb.add_argument("b", metavar="B")
@@ -150,18 +155,27 @@ def _load(options: argparse.Namespace) -> "Config":
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = _load(options)
-    from lm.train.loop import train
+    from lm import config as configs
+    from lm.parallel.processes import joined
 
-    train(config, stream=sys.stdout)
+    config = _load(options)
+    with joined(configs.leaves(config)) as processes:
+        from lm.train.loop import train
+
+        train(config, stream=sys.stdout, processes=processes)
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from lm.evaluate.perplexity import perplexity
-    from lm.train.load import load_trained
+    from lm.parallel.processes import joined
 
-    trained = load_trained(options.trained, step=options.step)
-    result = perplexity(trained, data_dir=options.data, split=options.split)
+    with joined(_given(options)) as processes:
+        from lm.evaluate.perplexity import perplexity
+        from lm.train.load import load_trained
+
+        trained = load_trained(options.trained, step=options.step, processes=processes)
+        result = perplexity(trained, data_dir=options.data, split=options.split)
+    if not processes.primary:
+        return
     values = {
         "step": trained.step,
         "loss": result.loss,
@@ -178,10 +192,8 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from lm.generate.command import run
-    from lm.generate.generate import Generator
     from lm.generate.sampling import Sampling
-    from lm.train.load import load_trained
+    from lm.parallel.processes import joined
 
     sampling = Sampling(
         temperature=options.temperature,
@@ -190,15 +202,27 @@ def _generate(options: argparse.Namespace) -> None:
         min_p=options.min_p,
         seed=options.seed,
     )
-    trained = load_trained(options.trained, step=options.step)
-    run(
-        Generator(trained.config.model, trained.params, trained.tokenizer),
-        _prompts(options),
-        max_tokens=options.max_tokens,
-        sampling=sampling,
-        stop=options.stop,
-        threshold=options.threshold if options.scores else None,
-    )
+    with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(joined(_given(options)))
+        from lm.generate.command import run
+        from lm.generate.generate import Generator
+        from lm.train.load import load_trained
+
+        trained = load_trained(options.trained, step=options.step, processes=processes)
+        run(
+            Generator(trained.config.model, trained.params, trained.tokenizer),
+            _prompts(options),
+            max_tokens=options.max_tokens,
+            sampling=sampling,
+            stop=options.stop,
+            threshold=options.threshold if options.scores else None,
+            out=None if processes.primary else stack.enter_context(open(os.devnull, "w")),
+        )
+
+
+def _given(options: argparse.Namespace) -> dict[str, object]:
+    """What all processes of one command must have been given alike."""
+    return {name: value for name, value in vars(options).items() if name != "run"}
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -220,8 +244,13 @@ def _config_show(options: argparse.Namespace) -> None:
     if options.json:
         print(configs.to_json(config), end="")
         return
-    from lm.train.describe import describe
+    from lm.train.describe import describe, describe_sharding
 
+    if options.sharding:
+        from lm.parallel.mesh import abstract_mesh
+
+        print(describe_sharding(config, abstract_mesh(config.mesh, options.devices)))
+        return
     print(configs.show(config))
     print()
     print(describe(config))

@@ -35,6 +35,12 @@ class StorageError(LmError):
     exit_code = 5
 
 
+class LostProcessError(LmError):
+    """Another process of the run ended. What it said, and then its exit code, is taken over."""
+
+    exit_code = 6
+
+
 class Stopped(BaseException):
     """The run was asked to stop, has saved its state, and goes on when started again.
 
@@ -42,3 +48,5 @@ class Stopped(BaseException):
     """
 
     exit_code = 75
+    together = False
+    """In a run of many processes: whether all of them stop, at the same step."""

@@ -10,10 +10,10 @@ from lm import config as configs
 from lm.experiment import Config
 from lm.model.flops import flops_per_token, parameter_count
 from lm.parallel.mesh import MeshConfig, make_mesh
-from lm.parallel.sharding import batch_sharding, check_batch
+from lm.parallel.sharding import batch_sharding
 from lm.train.describe import describe
 from lm.train.state import abstract_state
-from lm.train.step import make_train_step
+from lm.train.step import jit_train_step
 
 FOLDER = Path(__file__).parent.parent / "configs"
 
@@ -53,16 +53,13 @@ def test_published_sizes(name: str, parameters: int, look_ups: int) -> None:
 def test_the_train_step_of_a_large_config_lowers(name: str, mesh: MeshConfig, state_bytes: float) -> None:
     config = load(name)
     on = make_mesh(mesh, jax.devices()[: mesh.fsdp])
-    check_batch(config.train.batch_size, on)
     state = abstract_state(config, on)
     shape = (config.train.batch_size, config.train.sequence_length)
     kinds = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {"loss_mask": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(on)) for name, kind in kinds.items()} | {
         "bytes": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=batch_sharding(on))
     }
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
-    lowered = step.lower(state, batch)
+    lowered = jit_train_step(config, on).lower(state, batch)
     out, metrics = lowered.out_info
     assert jax.tree.map(lambda x: (x.shape, x.dtype), out) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == ()

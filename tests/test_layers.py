@@ -14,13 +14,14 @@ LAYERS: dict[str, set[str]] = {
     "fields": {"errors"},
     "config": {"errors", "fields"},
     "kernels": set(),
-    "model": {"kernels", "config", "errors"},
+    "model": {"kernels", "parallel", "config", "errors"},
     "data": {"config", "errors"},
     "optim": {"config", "errors"},
-    "parallel": {"model", "config", "errors"},
-    "generate": {"model", "kernels", "data", "config", "errors"},
+    "parallel": {"config", "errors"},
+    "generate": {"parallel", "model", "kernels", "data", "config", "errors"},
     "experiment": {"model", "data", "optim", "parallel", "train.config", "config", "errors"},
     "train": {"experiment", "generate", "parallel", "model", "data", "optim", "config", "errors"},
+    "plan": {"train", "experiment", "parallel", "model", "optim", "data", "config", "errors"},
     "evaluate": {"train", "experiment", "generate", "parallel", "model", "data", "config", "errors"},
 }
 """What each part of lm may import, itself aside; cli may import everything."""

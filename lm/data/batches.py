@@ -22,6 +22,9 @@ from lm.data.stream import TokenStream, unmark
 
 Batch = dict[str, np.ndarray]
 
+Rows = slice | np.ndarray
+"""Some of the rows of a batch, the array by index."""
+
 ALL_ROWS = slice(None)
 
 _BLOCK = 2048  # windows whose places are computed at once: numpy is slow on a batch of 16
@@ -60,11 +63,16 @@ class Batches:
         """The epoch that the first row of the step belongs to."""
         return step * self._batch_size // self.windows_per_epoch
 
-    def batch(self, step: int, rows: slice = ALL_ROWS) -> Batch:
+    def batch(self, step: int, rows: Rows = ALL_ROWS) -> Batch:
         """The batch of the step, or the `rows` of it that this host needs."""
         return self._windows.pack(*self.places(step, rows))
 
-    def places(self, step: int, rows: slice = ALL_ROWS) -> tuple[np.ndarray, np.ndarray]:
+    def shapes(self) -> Batch:
+        """Zeros in the shapes and types of a whole batch, without memory of their size: nothing is read."""
+        one = self._windows.pack(np.zeros(1, np.int64), np.zeros(1, np.int64))
+        return {name: np.broadcast_to(x[0] * 0, (self._batch_size, *x.shape[1:])) for name, x in one.items()}
+
+    def places(self, step: int, rows: Rows = ALL_ROWS) -> tuple[np.ndarray, np.ndarray]:
         """int64 [B] positions in the stream where the rows begin, int64 [B] tokens in each."""
         turn, window = divmod(step * self._batch_size, self.windows_per_epoch)
         found = []
@@ -80,7 +88,7 @@ class Batches:
         start, length = np.concatenate(found, axis=1)[:, rows]
         return start, length
 
-    def loader(self, start_step: int, stop_step: int, rows: slice = ALL_ROWS, ahead: int = 4) -> Loader:
+    def loader(self, start_step: int, stop_step: int, rows: Rows = ALL_ROWS, ahead: int = 4) -> Loader:
         """The batches of the steps from `start_step` up to `stop_step`, made ahead in another thread."""
         return Loader(self, start_step, stop_step, rows, ahead)
 
@@ -109,7 +117,7 @@ class Evaluation:
     def __len__(self) -> int:
         return -(-self._windows.count // self._batch_size)
 
-    def batch(self, index: int, rows: slice = ALL_ROWS) -> Batch:
+    def batch(self, index: int, rows: Rows = ALL_ROWS) -> Batch:
         """Batch `index` of `len(self)`, or `rows` of it."""
         window = np.arange(index * self._batch_size, (index + 1) * self._batch_size)[rows]
         start = window * self._windows.length
@@ -120,7 +128,7 @@ class Evaluation:
 class Loader:
     """Iterates over (step, batch); `close` ends its thread."""
 
-    def __init__(self, batches: Batches, start_step: int, stop_step: int, rows: slice, ahead: int) -> None:
+    def __init__(self, batches: Batches, start_step: int, stop_step: int, rows: Rows, ahead: int) -> None:
         import grain  # takes a second, which looking at data should not
 
         def make(step: int) -> tuple[int, Batch]:

@@ -1,5 +1,6 @@
 """Perplexity and bits per byte of a trained model on held-out text."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,6 +8,7 @@ import jax
 from lm.data.batches import Evaluation
 from lm.data.manifest import read_tokenizer
 from lm.errors import DataError
+from lm.parallel.rows import local_rows, whole_batch
 from lm.parallel.sharding import batch_sharding
 from lm.train.heldout import HeldOut, held_out_loss
 from lm.train.load import Trained
@@ -24,7 +26,9 @@ def perplexity(trained: Trained, *, data_dir: str | None = None, split: str = "h
         raise DataError(f"{directory} was built with another tokenizer than the model was trained with")
     size = trained.mesh.size * math.ceil(config.train.batch_size / trained.mesh.size)  # the devices share it evenly
     windows = Evaluation(directory, split, size, config.train.sequence_length)
-    eval_step = jax.jit(make_eval_step(config))
+    batches = dataclasses.replace(config.train, batch_size=size, accumulation=1)
+    eval_step = jax.jit(make_eval_step(dataclasses.replace(config, train=batches), trained.mesh))
     sharding = batch_sharding(trained.mesh)
-    parts = (jax.device_put(windows.batch(i), sharding) for i in range(len(windows)))
+    rows = local_rows(sharding, size)
+    parts = (whole_batch(windows.batch(i, rows), rows, size, sharding) for i in range(len(windows)))
     return held_out_loss(eval_step, trained.params, parts)

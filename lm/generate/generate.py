@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from lm.data.tokenizers import Tokenizer
 from lm.errors import ConfigError
@@ -17,6 +18,7 @@ from lm.generate.stops import RowText
 from lm.kernels.attention import Places
 from lm.model.config import ModelConfig
 from lm.model.transformer import Cache, Transformer, bind, compute_dtype
+from lm.parallel.replicated import replicated
 
 Ending = Literal["eos", "stop", "length", "context"]
 """End of document, a stop string, `max_tokens`, or no learned position left."""
@@ -71,6 +73,7 @@ class Generator:
             )
         self.config, self.params, self.tokenizer, self.batch_size = config, params, tokenizer, batch_size
         self._context = config.context if config.positions == "learned" else None
+        self._results = replicated(params)
 
     def generate(
         self, prompts: Sequence[str], *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
@@ -136,7 +139,12 @@ class Generator:
         keys = _row_keys(jax.random.key(sampling.seed), np.arange(first, first + len(prompts)))
         # The seed comes in through the keys: without it, another one is no reason to compile again.
         sampling = dataclasses.replace(sampling, seed=0)
-        static = {"config": self.config, "sampling": sampling, "vocabulary": self.tokenizer.vocab_size}
+        static = {
+            "config": self.config,
+            "sampling": sampling,
+            "vocabulary": self.tokenizer.vocab_size,
+            "results": self._results,
+        }
 
         size = self._bucket(longest + count - 1)
         state, ahead = _prefill(self.params, tokens, lengths, keys, cache_length=size, **static)
@@ -201,7 +209,7 @@ def _row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "vocabulary", "cache_length"))
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "vocabulary", "results", "cache_length"))
 def _prefill(
     params: Any,
     tokens: jax.Array,
@@ -211,6 +219,7 @@ def _prefill(
     config: ModelConfig,
     sampling: Sampling,
     vocabulary: int,
+    results: NamedSharding | None,
     cache_length: int,
 ) -> tuple[_State, _Drawn]:
     """Reads prompts [B, S] padded on the right and draws one token for each row, [1, B].
@@ -219,26 +228,33 @@ def _prefill(
     generated token of that position is written over it.
     """
     model = bind(config, params)
-    dtype = compute_dtype(config)
+    dtype = compute_dtype(config, jax.default_backend())
     cache = model.empty_cache(tokens.shape[0], cache_length, dtype)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     hidden, written = model(tokens, Places(jnp.ones_like(tokens), positions), dtype=dtype, cache=cache)
     assert written is not None
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
     drawn = _draw(model, last, keys, lengths, sampling, vocabulary)
-    return _State(written, drawn.tokens, lengths), jax.tree.map(lambda x: x[None], drawn)
+    return _State(written, drawn.tokens, lengths), _readable(jax.tree.map(lambda x: x[None], drawn), results)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "vocabulary"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "vocabulary", "results"), donate_argnames=("state",))
 def _decode(
-    params: Any, state: _State, keys: jax.Array, *, config: ModelConfig, sampling: Sampling, vocabulary: int
+    params: Any,
+    state: _State,
+    keys: jax.Array,
+    *,
+    config: ModelConfig,
+    sampling: Sampling,
+    vocabulary: int,
+    results: NamedSharding | None,
 ) -> tuple[_State, _Drawn]:
     """Draws STEPS_PER_CALL tokens for each row, [STEPS_PER_CALL, B].
 
     Rows that reach the end of the cache, whose tokens nobody asked for, stay at its last position.
     """
     model = bind(config, params)
-    dtype = compute_dtype(config)
+    dtype = compute_dtype(config, jax.default_backend())
     last = jax.tree.leaves(state.cache)[0].shape[-3] - 1
 
     def step(state: _State, _: None) -> tuple[_State, _Drawn]:
@@ -249,7 +265,12 @@ def _decode(
         drawn = _draw(model, hidden, keys, state.positions + 1, sampling, vocabulary)
         return _State(cache, drawn.tokens, jnp.minimum(state.positions + 1, last)), drawn
 
-    return jax.lax.scan(step, state, length=STEPS_PER_CALL)
+    state, drawn = jax.lax.scan(step, state, length=STEPS_PER_CALL)
+    return state, _readable(drawn, results)
+
+
+def _readable(drawn: _Drawn, results: NamedSharding | None) -> _Drawn:
+    return drawn if results is None else jax.lax.with_sharding_constraint(drawn, results)
 
 
 def _draw(

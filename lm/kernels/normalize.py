@@ -9,17 +9,28 @@ import jax
 import jax.numpy as jnp
 
 
-def reference_normalize(x: jax.Array, scale: jax.Array | None, *, center: bool, epsilon: float) -> jax.Array:
+def reference_normalize(
+    x: jax.Array, scale: jax.Array | None, *, center: bool, epsilon: float, over: tuple[str, ...] = ()
+) -> jax.Array:
     """See `normalize`."""
+
+    def mean(x: jax.Array) -> jax.Array:
+        local = jnp.mean(x, axis=-1, keepdims=True)
+        return jax.lax.pmean(local, over) if over else local
+
     if center:
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-    y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+        x = x - mean(x)
+    y = x * jax.lax.rsqrt(mean(jnp.square(x)) + epsilon)
     return y if scale is None else y * scale
 
 
-def normalize(x: jax.Array, scale: jax.Array | None, *, center: bool, epsilon: float) -> jax.Array:
+def normalize(
+    x: jax.Array, scale: jax.Array | None, *, center: bool, epsilon: float, over: tuple[str, ...] = ()
+) -> jax.Array:
     """x [..., n] float32 over its root mean square along the last axis, after its mean is taken off if `center`,
-    times scale [n]."""
+    times scale [n]. `over`: mesh axes (of a shard_map) over which the last axis is split, each part as long."""
+    if over:
+        return reference_normalize(x, scale, center=center, epsilon=epsilon, over=over)
     scale = jnp.ones(x.shape[-1], x.dtype) if scale is None else scale
     return _normalize(x, scale, center, epsilon)
 

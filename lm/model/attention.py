@@ -13,6 +13,7 @@ from lm.model.initialization import Initializer
 from lm.model.linear import linear
 from lm.model.norms import Norm
 from lm.model.positions import rotary
+from lm.parallel.layout import LOCAL, Layout
 
 
 class KeyValues(NamedTuple):
@@ -23,7 +24,10 @@ class KeyValues(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """x [B, S, D] to [B, S, D]; multi-head, grouped-query or multi-query after the number of key/value heads."""
+    """x [B, S, D] to [B, S, D]; multi-head, grouped-query or multi-query after the number of key/value heads.
+
+    Takes and gives the residual stream's part of S.
+    """
 
     def __init__(self, config: ModelConfig, key: jax.Array, *, window: int):
         d, h, k, w = config.width, config.heads, config.key_value_heads, config.head_width
@@ -43,7 +47,7 @@ class Attention(nnx.Module):
         self.query_bias = bias((h, w), ("heads", "head_dim"), ("qkv", "all"))
         self.key_bias = bias((k, w), ("kv_heads", "head_dim"), ("qkv", "all"))
         self.value_bias = bias((k, w), ("kv_heads", "head_dim"), ("qkv", "all"))
-        self.output_bias = bias((d,), ("embed",), ("all",))
+        self.output_bias = bias((d,), ("features",), ("all",))
 
         def norm(heads: int) -> Norm | None:
             if config.qk_norm == "none":
@@ -54,15 +58,20 @@ class Attention(nnx.Module):
         self.query_norm, self.key_norm = norm(h), norm(k)
 
     def __call__(
-        self, x: jax.Array, places: Places, cache: KeyValues | None = None
+        self, x: jax.Array, places: Places, layout: Layout = LOCAL, cache: KeyValues | None = None
     ) -> tuple[jax.Array, KeyValues | None]:
-        """With a cache, x is what follows the tokens in it: keys and values are written at their positions."""
-        q = self._norm(linear(x, self.query[...], _value(self.query_bias)), self.query_norm)
-        k = self._norm(linear(x, self.key[...], _value(self.key_bias)), self.key_norm)
-        v = linear(x, self.value[...], _value(self.value_bias))
+        """`places` are those of whole sequences, also where a device has a part of x.
+
+        With a cache, x is what follows the tokens in it: keys and values are written at their positions.
+        """
+        here = Places(*map(layout.sequence, places)) if layout.over("sequence") else places
+        x = layout.enter(x)
+        q = self._norm(linear(x, self.query, layout, self.query_bias), self.query_norm, layout)
+        k = self._norm(linear(x, self.key, layout, self.key_bias), self.key_norm, layout)
+        v = linear(x, self.value, layout, self.value_bias)
         if self.rope_theta is not None:
-            q = rotary(q, places.positions, self.rope_theta)
-            k = rotary(k, places.positions, self.rope_theta)
+            q = rotary(q, here.positions, self.rope_theta)
+            k = rotary(k, here.positions, self.rope_theta)
         q, k, v = (checkpoint_name(part, name) for part, name in ((q, "query"), (k, "key"), (v, "value")))
         sources = places
         if cache is not None:
@@ -72,18 +81,25 @@ class Attention(nnx.Module):
             cache = KeyValues(k, v)
             slots = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
             sources = Places(jnp.ones_like(slots), slots)
-        y = attention(q, k, v, queries=places, keys=sources, window=self.window, softcap=self.softcap)
-        y = checkpoint_name(y, "attention")
-        output = self.output[...].reshape(-1, x.shape[-1])
-        return linear(y.reshape(*x.shape[:2], -1), output, _value(self.output_bias)), cache
+        else:
+            k, v = layout.all_columns(k), layout.all_columns(v)
+        y = attention(
+            q,
+            k,
+            v,
+            queries=here,
+            keys=sources,
+            window=self.window,
+            softcap=self.softcap,
+            platform=layout.platform,
+            columns=layout.columns(k.shape[1]),
+        )
+        y = layout.leave(linear(y.reshape(*y.shape[:2], -1), self.output, layout), "heads")
+        return y if self.output_bias is None else y + self.output_bias[...].astype(y.dtype), cache
 
-    def _norm(self, x: jax.Array, norm: Norm | None) -> jax.Array:
+    def _norm(self, x: jax.Array, norm: Norm | None, layout: Layout) -> jax.Array:
         if norm is None:
             return x
         if self.qk_norm == "per_head":
             return norm(x)
-        return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
-
-
-def _value(param: nnx.Param | None) -> jax.Array | None:
-    return None if param is None else param[...]
+        return norm(x.reshape(*x.shape[:2], -1), layout.over("all_heads")).reshape(x.shape)

@@ -12,6 +12,7 @@ from lm.kernels.gelu import gelu
 from lm.model.config import ModelConfig
 from lm.model.initialization import Initializer
 from lm.model.linear import linear
+from lm.parallel.layout import LOCAL, Layout
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swiglu": jax.nn.silu,
@@ -23,7 +24,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class FeedForward(nnx.Module):
-    """x [B, S, D] to [B, S, D] through a hidden layer of F."""
+    """x [B, S, D] to [B, S, D] through a hidden layer of F. Takes and gives the residual stream's part of S."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         d, f, init = config.width, config.hidden_width, Initializer(config)
@@ -35,14 +36,15 @@ class FeedForward(nnx.Module):
         self.down = nnx.Param(init.residual(key_out, (f, d), fan_in=f), axes=("mlp", "embed"))
         bias = config.bias == "all"
         self.up_bias = nnx.Param(jnp.zeros(f, jnp.float32), axes=("mlp",)) if bias else None
-        self.down_bias = nnx.Param(jnp.zeros(d, jnp.float32), axes=("embed",)) if bias else None
+        self.down_bias = nnx.Param(jnp.zeros(d, jnp.float32), axes=("features",)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        up_bias, down_bias = (None if b is None else b[...] for b in (self.up_bias, self.down_bias))
-        up = checkpoint_name(linear(x, self.up[...], up_bias), "feed_forward_up")
+    def __call__(self, x: jax.Array, layout: Layout = LOCAL) -> jax.Array:
+        x = layout.enter(x)
+        up = checkpoint_name(linear(x, self.up, layout, self.up_bias), "feed_forward_up")
         activation = _ACTIVATIONS[self.activation]
         if self.gate is None:
             hidden = activation(up)
         else:
-            hidden = activation(checkpoint_name(linear(x, self.gate[...]), "feed_forward_gate")) * up
-        return linear(hidden, self.down[...], down_bias)
+            hidden = activation(checkpoint_name(linear(x, self.gate, layout), "feed_forward_gate")) * up
+        y = layout.leave(linear(hidden, self.down, layout), "mlp")
+        return y if self.down_bias is None else y + self.down_bias[...].astype(y.dtype)

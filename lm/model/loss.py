@@ -1,13 +1,21 @@
 """The loss contract: every term is a sum with its weight, divided once, by whoever has added up all of them."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lm.kernels.attention import Places
-from lm.kernels.cross_entropy import cross_entropy
-from lm.model.transformer import Remat, Transformer
+from lm.kernels.cross_entropy import VocabularyParts, cross_entropy
+from lm.model.remat import NO_REMAT, Remat
+from lm.model.transformer import Transformer
+from lm.parallel.layout import LOCAL, Layout
+
+LOGITS_ON_CPU = 2**21
+LOGITS_ON_ACCELERATORS = 2**27
+"""How many are computed at once: half a GiB. For each such chunk the gradient of the output weights is read and
+written, which on an accelerator should cost less than the products."""
 
 Batch = dict[str, jax.Array]
 """tokens, targets, segments, positions int32 [B, S]; loss_mask float32 [B, S]; bytes int32 [B], the bytes of raw
@@ -32,20 +40,40 @@ def next_token_loss(
     batch: Batch,
     *,
     dtype: jnp.dtype,
+    layout: Layout = LOCAL,
     z_loss: float = 0.0,
     key: jax.Array | None = None,
-    remat: Remat = "none",
+    remat: Remat = NO_REMAT,
     unroll: int = 1,
 ) -> LossSums:
-    """Cross-entropy of the targets given the tokens before them in the same document."""
+    """Cross-entropy of the targets given the tokens before them in the same document.
+
+    On a mesh, rows of the batch are this device's, with whole sequences; the result is its share of the sums.
+    """
     places = Places(batch["segments"], batch["positions"])
-    hidden, _ = model(batch["tokens"], places, dtype=dtype, key=key, remat=remat, unroll=unroll)
+    hidden, _ = model(batch["tokens"], places, dtype=dtype, layout=layout, key=key, remat=remat, unroll=unroll)
+    rows = {name: layout.loss_rows(batch[name]) for name in ("targets", "loss_mask", "bytes")}
+    targets, mask = (layout.sequence(rows[name]) for name in ("targets", "loss_mask"))
+    weight = jnp.sum(layout.residual(mask))
+    vocabulary_parts = layout.parts("vocab")
+    if vocabulary_parts > 1:
+        hidden = layout.enter(hidden)
+    else:
+        targets, mask = layout.residual(targets), layout.residual(mask)
+    weights, axes = model.output_weights
     total, nll = cross_entropy(
         hidden,
-        model.output_weights,
-        batch["targets"],
-        batch["loss_mask"],
+        weights,
+        targets,
+        mask,
         z_loss=z_loss,
         softcap=model.config.output_softcap,
+        logits_at_once=LOGITS_ON_CPU if layout.platform == "cpu" else LOGITS_ON_ACCELERATORS,
+        parts=VocabularyParts(
+            gather=functools.partial(layout.whole, axes=axes, dtype=hidden.dtype),
+            scatter=functools.partial(layout.scatter, axes=axes),
+            over=layout.over("vocab"),
+        ),
     )
-    return LossSums(total, nll, jnp.sum(batch["loss_mask"]), jnp.sum(batch["bytes"].astype(jnp.float32)))
+    size = jnp.sum(rows["bytes"].astype(jnp.float32)) / layout.parts("residual")
+    return LossSums(total / vocabulary_parts, nll / vocabulary_parts, weight, size)

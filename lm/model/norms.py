@@ -17,9 +17,10 @@ class Norm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(size, jnp.float32), axes=(axis,)) if scale else None
         self.bias = nnx.Param(jnp.zeros(size, jnp.float32), axes=(axis,)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, over: tuple[str, ...] = ()) -> jax.Array:
+        """`over`: mesh axes that split the last axis of x."""
         scale = None if self.scale is None else self.scale[...]
-        y = normalize(x.astype(jnp.float32), scale, center=self.kind == "layer", epsilon=self.epsilon)
+        y = normalize(x.astype(jnp.float32), scale, center=self.kind == "layer", epsilon=self.epsilon, over=over)
         if self.bias is not None:
             y = y + self.bias[...]
         return y.astype(x.dtype)

@@ -1,11 +1,12 @@
 """The decoder-only transformer: embeddings, a scan over stacked layers, and the output projection."""
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels.attention import Places
 from lm.model.attention import Attention, KeyValues
@@ -14,10 +15,9 @@ from lm.model.feed_forward import FeedForward
 from lm.model.initialization import Initializer
 from lm.model.norms import Norm
 from lm.model.positions import sinusoidal
-
-Remat = Literal["none", "dots", "full"]
-"""What the backward pass finds saved: all it needs, the results of products with weights, or only the input of
-each layer (the rest is computed again)."""
+from lm.model.remat import NO_REMAT, Remat, apply
+from lm.parallel.layout import LOCAL, Layout
+from lm.parallel.pipeline import pipeline
 
 Cache = dict[str, KeyValues | None]
 
@@ -30,21 +30,27 @@ class Block(nnx.Module):
         self.placement, self.dropout = config.norm_placement, config.dropout
         self.attention = Attention(config, key_attention, window=window)
         self.feed_forward = FeedForward(config, key_feed_forward)
-        self.attention_norm = Norm(config, config.width, "embed")
-        self.feed_forward_norm = Norm(config, config.width, "embed")
+        self.attention_norm = Norm(config, config.width, "features")
+        self.feed_forward_norm = Norm(config, config.width, "features")
         sandwich = config.norm_placement == "sandwich"
-        self.attention_output_norm = Norm(config, config.width, "embed") if sandwich else None
-        self.feed_forward_output_norm = Norm(config, config.width, "embed") if sandwich else None
+        self.attention_output_norm = Norm(config, config.width, "features") if sandwich else None
+        self.feed_forward_output_norm = Norm(config, config.width, "features") if sandwich else None
 
     def __call__(
-        self, x: jax.Array, places: Places, key: jax.Array | None, cache: KeyValues | None
+        self,
+        x: jax.Array,
+        places: Places,
+        layout: Layout = LOCAL,
+        key: jax.Array | None = None,
+        cache: KeyValues | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
         keys = (None, None) if key is None else (_fold_in(key, 0), _fold_in(key, 1))
         reads_norm = self.placement in ("pre", "sandwich")
 
-        y, cache = self.attention(self.attention_norm(x) if reads_norm else x, places, cache)
+        y, cache = self.attention(self.attention_norm(x) if reads_norm else x, places, layout, cache)
+        y = checkpoint_name(y, "attention_output")
         x = self._add(x, y, self.attention_norm, self.attention_output_norm, keys[0])
-        y = self.feed_forward(self.feed_forward_norm(x) if reads_norm else x)
+        y = self.feed_forward(self.feed_forward_norm(x) if reads_norm else x, layout)
         x = self._add(x, y, self.feed_forward_norm, self.feed_forward_output_norm, keys[1])
         return x, cache
 
@@ -85,7 +91,7 @@ class Transformer(nnx.Module):
         self.last_layers = nnx.Dict(
             {str(i): Block(config, k, window=w) for i, (w, k) in enumerate(zip(config.pattern, last, strict=False))}
         )
-        self.final_norm = None if config.norm_placement == "post" else Norm(config, config.width, "embed")
+        self.final_norm = None if config.norm_placement == "post" else Norm(config, config.width, "features")
         shape = (config.vocab_size, config.width)
         untied = config.embeddings == "untied"
         output = init.matrix(key_output, shape, fan_in=config.width) if untied else None
@@ -97,65 +103,89 @@ class Transformer(nnx.Module):
         places: Places,
         *,
         dtype: jnp.dtype,
+        layout: Layout = LOCAL,
         key: jax.Array | None = None,
         cache: Cache | None = None,
-        remat: Remat = "none",
+        remat: Remat = NO_REMAT,
         unroll: int = 1,
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states and the cache written to, from tokens and places, int32 [B, S].
 
-        `key`, one for each row [B], turns dropout on. `unroll` layers (or groups of them) stand in the body of the
-        loop: faster on a CPU, longer to compile.
+        On a mesh: from the whole sequences of this device's rows, its part of the hidden states, that of the residual
+        stream. `key`, one for each row [B], turns dropout on. `unroll` layers (or groups of them) stand in the body of
+        the loop: faster on a CPU, longer to compile.
         """
         config = self.config
-        if key is not None and config.dropout == 0:
-            key = None
-        x = self.embedding[...][tokens].astype(dtype)  # looked up in float32: its gradient is summed in float32
+        keys = None
+        if key is not None and config.dropout:
+            columns = layout.residual(layout.sequence(jnp.arange(tokens.shape[1])[None]))[0]
+            keys = jax.vmap(lambda row: jax.vmap(lambda column: jax.random.fold_in(row, column))(columns))(key)
+        x = self._embed(tokens, places, dtype, layout)
+        x = dropout(x, config.dropout, None if keys is None else _fold_in(keys, config.layers))
+
+        if layout.stages > 1:
+            x = self._pipelined(x, places, keys, layout, remat, unroll)
+            return x if self.final_norm is None else self.final_norm(x), None
+        x, cache = self._all_layers(x, places, keys, layout, cache, remat, unroll)
+        return x if self.final_norm is None else self.final_norm(x), cache
+
+    def _embed(self, tokens: jax.Array, places: Places, dtype: jnp.dtype, layout: Layout) -> jax.Array:
+        x = layout.look_up(self.embedding[...], layout.sequence(tokens), dtype)
+        here = layout.residual(layout.sequence(places.positions))
         if self.positions is not None:
-            x = x + self.positions[...][places.positions].astype(dtype)
-        elif config.positions == "sinusoidal":
-            x = x + sinusoidal(places.positions, config.width).astype(dtype)
-        x = dropout(x, config.dropout, None if key is None else _fold_in(key, config.layers))
+            table = layout.whole(self.positions[...], self.positions.get_metadata()["axes"], jnp.float32)
+            return x + table[here].astype(dtype)
+        if self.config.positions == "sinusoidal":
+            return x + sinusoidal(here, self.config.width).astype(dtype)
+        return x
 
-        def block(part: nnx.State, graph: Any, x: jax.Array, layer: jax.Array, cache: KeyValues | None) -> Any:
-            layer_key = None if key is None else _fold_in(key, layer)
-            return nnx.merge(graph, part)(x, places, layer_key, cache)
-
-        graphs, states = _split_all(self.layers)
-        wrapped = {i: _remat(functools.partial(block, graph=graph), remat) for i, graph in graphs.items()}
-        period = len(config.pattern)
-
-        def group(x: jax.Array, inputs: tuple) -> tuple[jax.Array, dict]:
-            parts, first, caches = inputs
-            for i in map(str, range(period)):  # not the order of the dicts, which is that of the strings
-                x, caches[i] = wrapped[i](parts[i], x=x, layer=first + int(i), cache=caches[i])
-            return x, caches
-
+    def _all_layers(
+        self,
+        x: jax.Array,
+        places: Places,
+        keys: jax.Array | None,
+        layout: Layout,
+        cache: Cache | None,
+        remat: Remat,
+        unroll: int,
+    ) -> tuple[jax.Array, Cache | None]:
+        config, period = self.config, len(self.config.pattern)
         groups = config.layers // period
+        graphs, states = _split_all(self.layers)
         stacked_cache = {i: None if cache is None else cache[i] for i in graphs}
-        firsts = jnp.arange(groups, dtype=jnp.int32) * period
-        x, stacked_cache = jax.lax.scan(group, x, (states, firsts, stacked_cache), unroll=unroll)
+        x, stacked_cache = _scan(graphs, states, x, 0, places, keys, layout, stacked_cache, remat, unroll)
 
         last_graphs, last_states = _split_all(self.last_layers)
         last_cache: dict[str, KeyValues | None] = {}
         for i in map(str, range(len(last_graphs))):
-            graph = last_graphs[i]
-            layer = jnp.int32(groups * period + int(i))
-            call = _remat(functools.partial(block, graph=graph), remat)
-            name = f"last_{i}"
-            x, last_cache[name] = call(last_states[i], x=x, layer=layer, cache=None if cache is None else cache[name])
-        if self.final_norm is not None:
-            x = self.final_norm(x)
+            name, layer = f"last_{i}", jnp.int32(groups * period + int(i))
+            call = _one_layer(last_graphs[i], layout, remat)
+            before = None if cache is None else cache[name]
+            x, last_cache[name] = call(last_states[i], x, places, keys, layer, before)
         return x, None if cache is None else {**stacked_cache, **last_cache}
 
+    def _pipelined(
+        self, x: jax.Array, places: Places, keys: jax.Array | None, layout: Layout, remat: Remat, unroll: int
+    ) -> jax.Array:
+        """All layers as a pipeline: from all rows of this device, the same on each stage, to the rows that this
+        stage computes the loss of (`Layout.loss_rows`)."""
+        graphs, states = _split_all(self.layers)
+
+        def stage(part: Any, x: jax.Array, rows: tuple[Places, jax.Array | None], first: jax.Array) -> jax.Array:
+            places, keys = rows
+            return _scan(graphs, part, x, first, places, keys, layout, dict.fromkeys(graphs), remat, unroll)[0]
+
+        return pipeline(stage, states, x, (places, keys), layout=layout, layers=self.config.layers)
+
     @property
-    def output_weights(self) -> jax.Array:
-        """float32 [V, D], one row per id."""
-        return self.embedding[...] if self.output is None else self.output[...]
+    def output_weights(self) -> tuple[jax.Array, tuple[str, ...]]:
+        """float32 [V, D], one row per id, as stored; and the names of its axes."""
+        param = self.embedding if self.output is None else self.output
+        return param[...], param.get_metadata()["axes"]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] from hidden states [..., D]."""
-        weights = self.output_weights.astype(hidden.dtype)
+        weights = self.output_weights[0].astype(hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32)
         cap = self.config.output_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -173,25 +203,70 @@ class Transformer(nnx.Module):
         return stacked | {f"last_{i}": zeros() for i in self.last_layers}
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of x [B, …] and scales up the rest; the identity without a key.
+def _one_layer(graph: Any, layout: Layout, remat: Remat) -> Any:
+    """The function of one layer's parameters, the residual stream, and what else it reads."""
 
-    Each row has a key of its own, so that what it loses does not depend on which rows are computed with it.
+    def layer(
+        part: nnx.State,
+        x: jax.Array,
+        places: Places,
+        keys: jax.Array | None,
+        number: jax.Array,
+        cache: KeyValues | None,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        layer_keys = None if keys is None else _fold_in(keys, number)
+        return nnx.merge(graph, part)(x, places, layout, layer_keys, cache)
+
+    return apply(remat, layer)
+
+
+def _scan(
+    graphs: dict[str, Any],
+    states: dict[str, nnx.State],
+    x: jax.Array,
+    first: jax.Array | int,
+    places: Places,
+    keys: jax.Array | None,
+    layout: Layout,
+    caches: dict[str, KeyValues | None],
+    remat: Remat,
+    unroll: int,
+) -> tuple[jax.Array, dict[str, KeyValues | None]]:
+    """A loop over stacked layers, of which `first` is the number of the first."""
+    period = len(graphs)
+    calls = {i: _one_layer(graph, layout, remat) for i, graph in graphs.items()}
+
+    def group(x: jax.Array, inputs: tuple) -> tuple[jax.Array, dict]:
+        parts, number, caches = inputs
+        for i in map(str, range(period)):  # not the order of the dicts, which is that of the strings
+            x, caches[i] = calls[i](parts[i], x, places, keys, number + int(i), caches[i])
+        return x, caches
+
+    groups = jax.tree.leaves(states)[0].shape[0]
+    numbers = first + jnp.arange(groups, dtype=jnp.int32) * period
+    return jax.lax.scan(group, x, (states, numbers, caches), unroll=unroll)
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+    """Zeroes a share `rate` of x [B, S, D] and scales up the rest; the identity without keys [B, S].
+
+    Each token has a key of its own, so that what it loses does not depend on which tokens are computed with it.
     """
-    if key is None or rate == 0:
+    if keys is None or rate == 0:
         return x
-    keep = jax.vmap(lambda row_key: jax.random.bernoulli(row_key, 1 - rate, x.shape[1:]))(key)
+    keep = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[2:])))(keys)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def _fold_in(keys: jax.Array, number: jax.Array | int) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+    """Keys [B, S] folded with a number."""
+    return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys)
 
 
-def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """What products are computed in on the devices at hand."""
+def compute_dtype(config: ModelConfig, platform: str) -> jnp.dtype:
+    """What products are computed in on devices of this platform."""
     if config.dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.dtype)
 
 
@@ -241,12 +316,3 @@ def _stack(make: Any, keys: jax.Array) -> nnx.Module:
 def _split_all(blocks: nnx.Dict) -> tuple[dict[str, Any], dict[str, nnx.State]]:
     pairs = {i: nnx.split(block) for i, block in blocks.items()}
     return {i: graph for i, (graph, _) in pairs.items()}, {i: state for i, (_, state) in pairs.items()}
-
-
-def _remat(function: Any, remat: Remat) -> Any:
-    if remat == "none":
-        return function
-    policies = jax.checkpoint_policies
-    policy = {"full": policies.nothing_saveable, "dots": policies.dots_with_no_batch_dims_saveable}[remat]
-    # Inside a scan, XLA cannot merge the second computation with the first: no barrier is needed.
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)

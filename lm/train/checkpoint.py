@@ -6,9 +6,14 @@
 
 The manifest is the commit marker, on a local disk as in a bucket: a folder without one is what a killed save,
 or a killed removal, left behind.
+
+In a run of many processes each one writes the arrays that its devices hold, reads back its share of all files, and
+hears from the primary what is saved, or restored; a step that failed in one of them has failed in all. That all reach
+the same directory is for the user to see to.
 """
 
 import contextlib
+import dataclasses
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -16,20 +21,23 @@ from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from lm.errors import ConfigError, StorageError
+from lm.errors import ConfigError, LostProcessError, StorageError
+from lm.parallel.processes import ALONE, Processes
 from lm.train.config import CheckpointConfig
 from lm.train.digest import LeafDigest, StateDigest, leaf_paths, start_digest, state_digest
 from lm.train.manifest import NAME as MANIFEST
-from lm.train.manifest import BadCheckpoint, Manifest, reason
+from lm.train.manifest import BadCheckpoint, FileChecksum, Manifest, file_sizes, reason, shares, verify
+from lm.train.restack import restack, restacked, stacked_as
 from lm.train.run_directory import write_atomically
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 PATIENCE_SECONDS = 10.0
 """How long a save holds training up for the one before it; storage that is slower than that loses a save."""
@@ -51,7 +59,8 @@ class Checkpoints:
     """Saves and restores the state of one run. Constructing it changes nothing on disk.
 
     `attachments` are stored with every checkpoint, by file name. `report` is given one message for each
-    thing that the user should know; it is called from the thread that saves as well.
+    thing that the user should know; it is called from the thread that saves as well, in the primary process only.
+    With several `processes`, all of them call the same methods in the same order.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class Checkpoints:
         config: CheckpointConfig,
         attachments: Mapping[str, bytes],
         report: Callable[[str], None],
+        processes: Processes = ALONE,
     ):
         for name in attachments:
             if name in (_STATE, MANIFEST) or "/" in name:
@@ -69,9 +79,11 @@ class Checkpoints:
         self._directory = epath.Path(directory)
         self._config = config
         self._attachments = dict(attachments)
-        self._report = report
+        self._report = report if processes.primary else lambda _: None
+        self._processes = processes
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
+        self._attempt = 0
         self._swept = False
 
     def save(self, state: Any, step: int, wait: bool = False) -> bool:
@@ -82,23 +94,21 @@ class Checkpoints:
         full disk, a state that is not finite) is reported and counted in `failures`, never raised; the older
         checkpoints stay.
         """
-        if self._pending:
-            futures.wait([self._pending[1]], timeout=None if wait else PATIENCE_SECONDS)
-        if self._pending and not self._pending[1].done():
-            self._report(f"step {step} is not saved: the save of step {self._pending[0]} is still going")
-            return False
-        if step == self.last_good:
-            return True
+        primary = self._processes.primary
+        prepared = self._processes.broadcast("save", self._prepare(step, wait=wait) if primary else None)
+        if prepared != "ready":
+            return prepared == "saved"
+        self.wait()  # of the primary's save before, all parts are done
         folder = self._directory / str(step)
         try:
-            self._sweep()
-            _remove(folder)
-            folder.mkdir(parents=True)
             finish_digest = start_digest(state)
             written = _start_writing(folder / _STATE, state)
         except Exception as error:  # storage libraries raise classes of their own
+            if self._processes.count > 1:  # the others have started: without this one they would wait for ever
+                raise StorageError(f"checkpoint {folder} cannot be started: {reason(error)}") from error
             self._fail(folder, error)
             return False
+        self._attempt += 1
         self._pending = step, self._thread.submit(self._commit, folder, step, finish_digest, written)
         return True
 
@@ -123,12 +133,14 @@ class Checkpoints:
           ConfigError: the state has other arrays than `abstract_state`.
           StorageError: there are checkpoints, and none is good; or a good one cannot be loaded.
         """
-        for step in reversed(_steps(self._directory)):
+        steps = self._processes.broadcast("steps", _steps(self._directory) if self._processes.primary else None)
+        for step in reversed(steps):
             folder = self._directory / str(step)
             try:
-                state = _load(folder, step, abstract_state)
+                state = self._load(folder, step, abstract_state)
             except BadCheckpoint as problem:
-                self._report(f"checkpoint {folder} is bad and not used: {problem}; {_set_aside(folder)}")
+                if self._processes.primary:
+                    self._report(f"checkpoint {folder} is bad and not used: {problem}; {_set_aside(folder)}")
                 continue
             self.last_good = step
             return step, state
@@ -145,11 +157,29 @@ class Checkpoints:
         if step not in (steps := _steps(self._directory)):
             raise StorageError(f"no checkpoint of step {step} in {self._directory}; there are {steps or 'none'}")
         try:
-            state = _load(folder, step, abstract_state)
+            state = self._load(folder, step, abstract_state)
         except BadCheckpoint as problem:
             raise StorageError(f"checkpoint {folder} is bad: {problem}") from problem
         self.last_good = step
         return state
+
+    def _prepare(self, step: int, *, wait: bool) -> Literal["ready", "saved", "not saved"]:
+        if self._pending:
+            futures.wait([self._pending[1]], timeout=None if wait else PATIENCE_SECONDS)
+        if self._pending and not self._pending[1].done():
+            self._report(f"step {step} is not saved: the save of step {self._pending[0]} is still going")
+            return "not saved"
+        if step == self.last_good:
+            return "saved"
+        folder = self._directory / str(step)
+        try:
+            self._sweep()
+            _remove(folder)
+            folder.mkdir(parents=True)
+        except Exception as error:
+            self._fail(folder, error)
+            return "not saved"
+        return "ready"
 
     def _commit(
         self,
@@ -159,24 +189,95 @@ class Checkpoints:
         written: ocp.AsyncResponse[None],
     ) -> None:
         try:
-            written.result()
-            digest = finish_digest()
-            if digest.nonfinite:
-                raise StorageError(f"the state is not finite: {_some(digest.nonfinite)}")
-            for name, contents in self._attachments.items():
-                write_atomically(folder / name, contents)
-            Manifest.of(folder, step, digest).write(folder)
+            self._together("written", lambda: self._wait_for(written))
+            digest = self._together("digest", lambda: _finite(finish_digest()))
+            primary = self._processes.primary
+            names = self._together("listed", lambda: self._attach_and_list(folder) if primary else None)
+            mine = self._processes.scatter("files", names)
+            sums = self._together("read back", lambda: {name: FileChecksum.of(folder / name) for name in mine})
+            parts = self._processes.gather("checksums", {name: dataclasses.astuple(x) for name, x in sums.items()})
+            files = {name: FileChecksum(*x) for part in parts or () for name, x in sorted(part.items())}
+            self._together("committed", lambda: Manifest.of(step, digest, files).write(folder) if parts else None)
+        except LostProcessError:  # as if killed: whether there is a manifest decides
+            return
         except Exception as error:
             self._fail(folder, error)
             return
         self.last_good = step
+        if not primary:
+            return
         try:
             self._prune()
         except Exception as error:
             self._report(f"older checkpoints could not be removed: {reason(error)}")
 
+    def _wait_for(self, written: ocp.AsyncResponse[None]) -> None:
+        """Returns when all have written. Orbax waits for the others long after one of them has failed."""
+        failed = f"save {self._attempt} failed"
+        while self._processes.count > 1:
+            try:
+                return written.result(timeout=1.0)
+            except TimeoutError:
+                if problem := self._processes.told(failed):
+                    raise StorageError(problem) from None
+            except Exception as error:
+                self._processes.tell(failed, f"{self._processes.name(self._processes.index)}: {reason(error)}")
+                raise
+        written.result()
+
+    def _attach_and_list(self, folder: epath.Path) -> list[list[str]]:
+        for name, contents in self._attachments.items():
+            write_atomically(folder / name, contents)
+        return shares(file_sizes(folder), self._processes.count)
+
+    def _load(self, folder: epath.Path, step: int, abstract_state: T) -> T:
+        primary = self._processes.primary
+        manifest = self._together("manifest", lambda: _fitting(folder, step, abstract_state) if primary else None)
+        parts = shapes = None
+        if manifest is not None:
+            shapes = {path: leaf.shape for path, leaf in manifest.leaves.items()}
+            split = shares({name: file.size for name, file in manifest.files.items()}, self._processes.count)
+            files = {name: dataclasses.astuple(file) for name, file in manifest.files.items()}
+            parts = [(manifest.digest, {name: files[name] for name in names}) for names in split]
+        expected, mine = self._processes.scatter("restored files", parts)
+        self._together("verified", lambda: verify(folder, {name: FileChecksum(*x) for name, x in mine.items()}))
+        shapes = self._processes.broadcast("restored shapes", shapes)
+        try:
+            state = ocp.load(_absolute(folder / _STATE), stacked_as(abstract_state, shapes))
+        except Exception as error:  # with sound files the fault is elsewhere, and older ones would meet it too
+            raise StorageError(f"checkpoint {folder} is sound but cannot be loaded: {reason(error)}") from error
+        loaded = state_digest(state)
+        if loaded.digest != expected:  # the same in all processes
+            saved = manifest.leaves if manifest is not None else loaded.leaves
+            changed = [path for path, leaf in loaded.leaves.items() if leaf != saved[path]]
+            raise BadCheckpoint(f"the arrays are not those that were saved: {_some(changed)}")
+        return restack(state, abstract_state)
+
+    def _together(self, name: str, work: Callable[[], R]) -> R:
+        """Does this process's part. When a part of any process failed, that is raised in all of them."""
+        if self._processes.count == 1:
+            return work()
+        result, problem = None, None
+        try:
+            result = work()
+        except Exception as error:
+            problem = type(error).__name__, reason(error)
+        problems = self._processes.gather(name, problem)
+        first = None
+        for index, found in enumerate(problems or ()):
+            if found and first is None:
+                kind, text = found
+                first = kind, text if index == 0 else f"{self._processes.name(index)}: {text}"
+        first = self._processes.broadcast(name, first)
+        if first:
+            kinds = {kind.__name__: kind for kind in (BadCheckpoint, ConfigError)}
+            raise kinds.get(first[0], StorageError)(first[1])
+        return cast(R, result)
+
     def _fail(self, folder: epath.Path, error: Exception) -> None:
         self.failures += 1
+        if not self._processes.primary:
+            return
         with contextlib.suppress(Exception):  # the next writer tries again
             _remove(folder)  # before the report, which may need the space
         last = "there is no older one" if self.last_good is None else f"the last good one is {self.last_good}"
@@ -239,19 +340,16 @@ def _absolute(path: epath.Path) -> epath.Path:
     return path if "://" in str(path) else path.absolute()
 
 
-def _load(folder: epath.Path, step: int, abstract_state: T) -> T:
+def _fitting(folder: epath.Path, step: int, abstract_state: Any) -> Manifest:
     manifest = Manifest.read(folder, step)
     _check_same_arrays(folder, manifest.leaves, abstract_state)
-    manifest.verify(folder)
-    try:
-        state = ocp.load(_absolute(folder / _STATE), abstract_state)
-    except Exception as error:  # with sound files the fault is elsewhere, and older ones would meet it too
-        raise StorageError(f"checkpoint {folder} is sound but cannot be loaded: {reason(error)}") from error
-    loaded = state_digest(state)
-    if loaded.digest != manifest.digest:
-        changed = [path for path, leaf in loaded.leaves.items() if leaf != manifest.leaves[path]]
-        raise BadCheckpoint(f"the arrays are not those that were saved: {_some(changed)}")
-    return state
+    return manifest
+
+
+def _finite(digest: StateDigest) -> StateDigest:
+    if digest.nonfinite:
+        raise StorageError(f"the state is not finite: {_some(digest.nonfinite)}")
+    return digest
 
 
 def _check_same_arrays(folder: epath.Path, saved: Mapping[str, LeafDigest], abstract_state: Any) -> None:
@@ -260,7 +358,10 @@ def _check_same_arrays(folder: epath.Path, saved: Mapping[str, LeafDigest], abst
 
     there = {path: kind(leaf.shape, leaf.dtype) for path, leaf in saved.items()}
     leaves = zip(leaf_paths(abstract_state), jax.tree.leaves(abstract_state), strict=True)
-    here = {path: kind(x.shape, x.dtype.name) for path, x in leaves}
+    here = {}
+    for path, x in leaves:
+        stacked_otherwise = path in saved and "layers/" in path and restacked(saved[path].shape, x.shape)
+        here[path] = kind(saved[path].shape if stacked_otherwise else x.shape, x.dtype.name)
     differences = [
         f"{path} is {there.get(path, 'missing')} there, {here.get(path, 'missing')} here"
         for path in [*here, *sorted(there.keys() - here.keys())]

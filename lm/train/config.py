@@ -6,6 +6,18 @@ from typing import Literal
 
 from lm.config import free
 
+REMAT_NAMES = (
+    "query",
+    "key",
+    "value",
+    "attention",
+    "attention_output",
+    "feed_forward_up",
+    "feed_forward_gate",
+)
+"""Results inside a layer that can be saved: what attention reads and gives (with what its own backward pass needs),
+what it adds to the residual stream, and the two products that make the hidden layer."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -18,8 +30,16 @@ class TrainConfig:
     """S, tokens per sequence."""
     accumulation: int = free(1)
     """Parts that the batch is computed in, one after the other, before the one update: less memory, same result."""
-    remat: Literal["none", "dots", "full"] = free("none")
-    """What the backward pass computes again: nothing, all but products with weights, or whole layers."""
+    remat: Literal["none", "full", "names"] = free("none")
+    """What the backward pass computes again: nothing, all of each layer, or all but `saved` and `offloaded`."""
+    saved: tuple[str, ...] = free(())
+    """For names: results kept on the device, such as `attention`; see REMAT_NAMES."""
+    offloaded: tuple[str, ...] = free(())
+    """For names: results kept in the memory of the host until the backward pass needs them."""
+    optimizer_memory: Literal["device", "host"] = free("device")
+    """Where the optimizer's state is between updates."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What gradients of sharded weights are summed in between devices; bfloat16 is half the bytes."""
     unroll: int = free(1)
     """Layers in the body of the loop over layers. All of them is faster on a CPU; compiling takes longer."""
     z_loss: float = 0.0
@@ -33,6 +53,16 @@ class TrainConfig:
                 yield name, f"must be at least 1, got {getattr(self, name)}"
         if self.accumulation >= 1 and self.batch_size % self.accumulation:
             yield "accumulation", f"{self.accumulation} does not divide train.batch_size = {self.batch_size}"
+        for name in ("saved", "offloaded"):
+            wrong = [result for result in getattr(self, name) if result not in REMAT_NAMES]
+            if wrong:
+                yield name, f"a layer has no result {wrong[0]!r}; there are {', '.join(REMAT_NAMES)}"
+            elif getattr(self, name) and self.remat != "names":
+                yield name, f"is for train.remat = 'names', which is {self.remat!r}"
+        if both := set(self.saved) & set(self.offloaded):
+            yield "offloaded", f"{', '.join(sorted(both))}: saved on the device or on the host, not both"
+        if self.remat == "names" and not (self.saved or self.offloaded):
+            yield "saved", "train.remat = 'names' needs names here or in train.offloaded; without any, it is 'full'"
         if not 0 <= self.z_loss < float("inf"):
             yield "z_loss", f"must be at least 0, got {self.z_loss}"
 

@@ -6,6 +6,7 @@ devices, so the arrays stay where they are, are read once, and nothing of their 
 accidents (a chance of 2^-128 to miss one), not forgeries.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+
+from lm.parallel.replicated import replicated
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def start_digest(state: Any) -> Callable[[], StateDigest]:
         if x.dtype != jnp.bool_ and not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.integer, jnp.floating)):
             raise TypeError(f"{path}: no digest for arrays of type {x.dtype}")
     kinds = [(x.shape, x.dtype.name) for x in leaves]  # what `finish` holds must not keep arrays alive
-    lanes, finite = _lanes_and_finite(leaves)
+    lanes, finite = _lanes_and_finite(leaves, everywhere=replicated(leaves))
 
     def finish() -> StateDigest:
         digests = {
@@ -70,9 +74,13 @@ def leaf_paths(tree: Any) -> list[str]:
     ]
 
 
-@jax.jit
-def _lanes_and_finite(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+@functools.partial(jax.jit, static_argnames="everywhere")
+def _lanes_and_finite(
+    leaves: list[jax.Array], everywhere: NamedSharding | None = None
+) -> tuple[list[jax.Array], list[jax.Array]]:
     results = [_reduce(x) for x in leaves]
+    if everywhere is not None:
+        results = lax.with_sharding_constraint(results, everywhere)
     return [lanes for lanes, _ in results], [finite for _, finite in results]
 
 

@@ -12,6 +12,7 @@ from lm.data.tokenizers import FILE_NAMES, Tokenizer, load_tokenizer
 from lm.errors import ConfigError, StorageError
 from lm.experiment import Config
 from lm.parallel.mesh import MeshConfig, make_mesh
+from lm.parallel.processes import ALONE, Processes
 from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
 from lm.train.run_directory import RunDirectory, is_run
 from lm.train.state import abstract_state
@@ -28,10 +29,11 @@ class Trained:
     mesh: Mesh
 
 
-def load_trained(path: str, *, step: int | None = None) -> Trained:
+def load_trained(path: str, *, step: int | None = None, processes: Processes = ALONE) -> Trained:
     """Reads the newest checkpoint of the run at `path`, or that of `step`; all checksums are verified.
 
-    Raises ConfigError when there is no such run or step, StorageError when the checkpoint is damaged.
+    All of the `processes` call this, and get the same step. Raises ConfigError when there is no such run or step,
+    StorageError when the checkpoint is damaged.
     """
     directory = RunDirectory(path).checkpoints
     if not is_run(path):
@@ -41,21 +43,28 @@ def load_trained(path: str, *, step: int | None = None) -> Trained:
         raise ConfigError(f"{path} has no checkpoint yet")
     if step is not None and step not in infos:
         raise ConfigError(f"{path} has no checkpoint {step}; there are {', '.join(map(str, infos))}")
-    step = max(infos) if step is None else step
-    problem = infos[step].problem
+    step = int(processes.broadcast("step to load", max(infos) if step is None else step))
+    if step not in infos:  # a run that goes on may have saved it since
+        infos = {info.step: info for info in list_checkpoints(directory)}
+    problem = infos[step].problem if step in infos else "not to be seen on this host"
     if problem is not None:
         raise StorageError(f"checkpoint {step} of {path} is bad: {problem}; choose another with --step")
 
     text = read_attachment(directory, step, "config.json").decode()
     config = configs.from_dict(Config, json.loads(text))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(path)))  # it may have moved
-    mesh = make_mesh(MeshConfig())  # of the devices here, not of those it was trained on
+    # On the devices here, not those it was trained on.
+    train = dataclasses.replace(config.train, optimizer_memory="device")
+    config = dataclasses.replace(config, mesh=MeshConfig(), train=train)
+    mesh = make_mesh(config.mesh)
     try:
         abstract = abstract_state(config, mesh)
     except ConfigError:  # sizes that so many devices cannot split
-        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        if processes.count > 1:
+            raise
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
         abstract = abstract_state(config, mesh)
-    state = Checkpoints(directory, config.checkpoint, {}, print).restore(step, abstract)
+    state = Checkpoints(directory, config.checkpoint, {}, print, processes).restore(step, abstract)
     kind = config.data.tokenizer.kind
     tokenizer = load_tokenizer(kind, read_attachment(directory, step, FILE_NAMES[kind]))
     return Trained(config, state.params, tokenizer, step, mesh)

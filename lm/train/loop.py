@@ -7,11 +7,16 @@ The order of things in a run is a contract:
   4. for each step: the step itself, metrics of the step before, held-out loss if due, a save if due;
   5. the last save is waited for, then all held-out text is evaluated and a sample is written.
 
+In a run of many processes all of them go through this order. Each reads its rows of the batches and writes its part of
+the checkpoints; what else is written or printed comes from one of them, the primary. The others hear from it what only
+it can know: that the data is built, which checkpoint is restored, whether a save succeeded.
+
 Steps are counted from 0: step k takes the state with k steps done, and batch k, to k + 1 steps done. What is
 logged for step k, and `lm data show --step k`, belong together; held-out values logged for step k are of the state
 after it. A checkpoint is named by the steps done.
 """
 
+import contextlib
 import json
 import resource
 import shlex
@@ -21,18 +26,23 @@ from typing import TextIO
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from lm import config as configs
 from lm.data.batches import Batches, Evaluation, Loader
 from lm.data.build import build
-from lm.data.manifest import read_tokenizer
-from lm.errors import ConfigError, DivergedError, Stopped, StorageError
+from lm.data.manifest import FILE as DATA_MANIFEST
+from lm.data.manifest import read_manifest, read_tokenizer
+from lm.errors import ConfigError, DataError, DivergedError, Stopped, StorageError
 from lm.experiment import Config
 from lm.model.flops import flops_per_token, parameter_count, peak_flops
 from lm.model.loss import Batch
+from lm.parallel.layout import layout_of
 from lm.parallel.mesh import make_mesh
-from lm.parallel.sharding import batch_sharding, check_batch
+from lm.parallel.processes import ALONE, Processes
+from lm.parallel.rows import local_rows, whole_batch
+from lm.parallel.sharding import batch_sharding, rules
 from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
 from lm.train.heldout import HeldOut, held_out_loss
 from lm.train.host_memory import keep_freed_memory
@@ -42,31 +52,40 @@ from lm.train.resume import refuse_if_changed
 from lm.train.run_directory import RunDirectory, write_atomically
 from lm.train.sample import sample_text
 from lm.train.signals import StopRequest, stop_signals
-from lm.train.state import TrainState, abstract_state, init_state
-from lm.train.step import Metrics, make_eval_step, make_train_step
-from lm.train.summaries import Summaries, verbatim
+from lm.train.state import TrainState, abstract_state, in_one_stack, init_state
+from lm.train.step import Metrics, check_batch, jit_train_step, make_eval_step
+from lm.train.summaries import NoSummaries, Summaries, verbatim
 
 FINGERPRINT = "data_fingerprint.txt"
 """Attached to each checkpoint: what data it was trained on."""
 
+SHARED_SECONDS = 60.0
+"""How long a shared file system may take to show to one host what another one has written."""
 
-def train(config: Config, *, stream: TextIO | None) -> None:
+
+def train(config: Config, *, stream: TextIO | None, processes: Processes = ALONE) -> None:
     """Runs, or goes on with, the run in `config.run.dir` until all steps are done.
 
     Progress is printed to `stream`. Raises LmError, whose exit code says how the run ended: Stopped when a
     signal ended it after a save, DivergedError, DataError, StorageError, or ConfigError before anything happened.
+    All of the `processes` call this with the same config.
     """
+    run = RunDirectory(config.run.dir)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     mesh = make_mesh(config.mesh)
     abstract = abstract_state(config, mesh)
-    check_batch(config.train.batch_size // config.train.accumulation, mesh)
+    check_batch(config, mesh, layout_of(config.mesh, mesh))
     with (
         stop_signals() as stop,
-        RunDirectory(config.run.dir) as directory,
-        Progress(config.train.steps, stream=stream, log=directory.log) as progress,
+        run if processes.primary else contextlib.nullcontext(run) as directory,
+        (
+            Progress(config.train.steps, stream=stream, log=directory.log)
+            if processes.primary
+            else Progress(config.train.steps, stream=None)
+        ) as progress,
     ):
-        _Run(config, mesh, abstract, directory, progress, stop).go()
+        _Run(config, mesh, abstract, directory, progress, stop, processes).go()
 
 
 class _Run:
@@ -80,17 +99,24 @@ class _Run:
         directory: RunDirectory,
         progress: Progress,
         stop: StopRequest,
+        processes: Processes,
     ):
         self.config, self.mesh, self.abstract = config, mesh, abstract
         self.directory, self.progress, self.stop = directory, progress, stop
+        self.sharding = batch_sharding(mesh, rules(config.mesh))
+        self.processes = processes
+        self.stopped_by: str | None = None
         self.say = progress.say
         self.started = time.monotonic()
 
     def go(self) -> None:
-        self.agree_with_directory()
+        if self.processes.primary:
+            self.agree_with_directory()
         self.open_data()
         first, state = self.restore_or_draw()
-        self.summaries = Summaries(self.directory, first_step=first, report=self.say)
+        self.summaries = (
+            Summaries(self.directory, first_step=first, report=self.say) if self.processes.primary else NoSummaries()
+        )
         self.compile()
         try:
             state = self.steps(first, state)
@@ -122,9 +148,15 @@ class _Run:
 
     def open_data(self) -> None:
         config, length = self.config, self.config.train.sequence_length
-        manifest = build(config.data, config.data_dir, self.say)
+        if self.processes.primary:
+            build(config.data, config.data_dir, self.say)
+        self.processes.broadcast("data is built")
+        self.wait_for_data()
+        manifest = read_manifest(config.data_dir)
         self.fingerprint = manifest.fingerprint
+        self.processes.agree("data", {f"the fingerprint of {config.data_dir}": self.fingerprint[:12]})
         size, seed = config.train.batch_size, config.run.seed
+        self.rows = local_rows(self.sharding, size)
         self.batches = Batches(config.data_dir, "train", size, length, seed)
         self.held_out = Evaluation(config.data_dir, "heldout", size, length) if manifest.tokens("heldout") else None
         self.tokenizer = read_tokenizer(config.data_dir, manifest)
@@ -133,6 +165,18 @@ class _Run:
                 f"model.vocab_size is {config.model.vocab_size}, but the tokenizer in {config.data_dir} has "
                 f"{self.tokenizer.vocab_size} ids: write --model.vocab_size {self.tokenizer.vocab_size}"
             )
+
+    def wait_for_data(self) -> None:
+        """Returns when this process can see what the primary has built."""
+        path = epath.Path(self.config.data_dir) / DATA_MANIFEST
+        until = time.monotonic() + SHARED_SECONDS
+        while not path.exists():
+            if time.monotonic() > until:
+                raise DataError(
+                    f"{path}: built, but not to be seen by this process; choose a --data.dir (or --run.dir) that all "
+                    "hosts share, or build the same data on each"
+                )
+            time.sleep(0.2)
 
     # 3. The state
 
@@ -143,7 +187,9 @@ class _Run:
             self.tokenizer.file_name: self.tokenizer.serialize(),
             FINGERPRINT: self.fingerprint.encode(),
         }
-        self.checkpoints = Checkpoints(self.directory.checkpoints, config.checkpoint, attachments, self.say)
+        self.checkpoints = Checkpoints(
+            self.directory.checkpoints, config.checkpoint, attachments, self.say, self.processes
+        )
         restored = self.checkpoints.restore_newest(self.abstract)
         if restored is None:
             draw = jax.jit(
@@ -153,27 +199,30 @@ class _Run:
             first, state = 0, draw(jax.random.key(config.run.seed))
         else:
             first, state = restored
-            trained_on = read_attachment(self.directory.checkpoints, first, FINGERPRINT).decode()
-            if trained_on != self.fingerprint:
-                raise ConfigError(
-                    f"checkpoint {first} was trained on other data than {config.data_dir} holds now "
-                    f"(fingerprints {trained_on[:12]} and {self.fingerprint[:12]}); for a new run, choose "
-                    "another --run.dir"
-                )
+            if self.processes.primary:
+                self.refuse_other_data(first)
             self.say(f"goes on from checkpoint {first}")
-        write_atomically(self.directory.config, attachments["config.json"])
+        if self.processes.primary:
+            write_atomically(self.directory.config, attachments["config.json"])
         return first, state
+
+    def refuse_other_data(self, first: int) -> None:
+        trained_on = read_attachment(self.directory.checkpoints, first, FINGERPRINT).decode()
+        if trained_on != self.fingerprint:
+            raise ConfigError(
+                f"checkpoint {first} was trained on other data than {self.config.data_dir} holds now "
+                f"(fingerprints {trained_on[:12]} and {self.fingerprint[:12]}); for a new run, choose "
+                "another --run.dir"
+            )
 
     def compile(self) -> None:
         """Compiles the train and evaluation steps, so that no later step can be compiled by surprise."""
         config, start = self.config, time.monotonic()
-        sharding = batch_sharding(self.mesh)
-        example = self.batches.batch(0)
-        batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for k, v in example.items()}
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
+        example = self.batches.shapes()
+        batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self.sharding) for k, v in example.items()}
+        step = jit_train_step(config, self.mesh)
         self.train_step = step.lower(self.abstract, batch).compile()
-        self.eval_step = jax.jit(make_eval_step(config)).lower(self.abstract.params, batch).compile()
+        self.eval_step = jax.jit(make_eval_step(config, self.mesh)).lower(self.abstract.params, batch).compile()
         self.summaries.config(configs.to_json(config))
         flops = flops_per_token(config.model, config.train.sequence_length)
         peak = peak_flops(jax.devices()[0].device_kind)
@@ -197,18 +246,20 @@ class _Run:
     def steps(self, first: int, state: TrainState) -> TrainState:
         last = self.config.train.steps
         self.stop.deferred = True
-        with self.batches.loader(first, last) as loader:
+        with self.batches.loader(first, last, self.rows) as loader:
             state, done = self.run_steps(first, state, loader)
         if done > first or first == 0:
             self.checkpoints.save(state, done, wait=True)
             self.checkpoints.wait()
         if done < last:
             if self.checkpoints.last_good != done:
-                raise StorageError(f"stopped by {self.stop.received}, and step {done} could not be saved: see above")
-            raise Stopped(
-                f"stopped by {self.stop.received}: {done} of {last} steps are done and saved; "
+                raise StorageError(f"stopped by {self.stopped_by}, and step {done} could not be saved: see above")
+            stopped = Stopped(
+                f"stopped by {self.stopped_by}: {done} of {last} steps are done and saved; "
                 f"`lm train {self.directory.path}` goes on from there"
             )
+            stopped.together = True
+            raise stopped
         return state
 
     def run_steps(self, first: int, state: TrainState, loader: Loader) -> tuple[TrainState, int]:
@@ -217,7 +268,8 @@ class _Run:
         before: tuple[int, Metrics, dict[str, float]] | None = None
         self.meter.start(first)
         for k in range(first, last):
-            if self.stop.received:
+            self.stopped_by = self.processes.stop_before(k, self.stop.received)
+            if self.stopped_by:
                 last = k
                 break
             state, metrics = self.train_step(state, batch)
@@ -242,7 +294,7 @@ class _Run:
         return every > 0 and done % every == 0
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
-        return jax.device_put(batch, batch_sharding(self.mesh))
+        return whole_batch(batch, self.rows, self.config.train.batch_size, self.sharding)
 
     def log(self, k: int, metrics: Metrics, extra: dict[str, float]) -> None:
         """Reads the metrics of step k, which the devices have finished by now or soon will have."""
@@ -277,11 +329,13 @@ class _Run:
     def held_out_on(self, state: TrainState, which: list[int]) -> HeldOut:
         assert self.held_out is not None
         held_out = self.held_out
-        batches = (self.put(held_out.batch(i)) for i in which)
+        batches = (self.put(held_out.batch(i, self.rows)) for i in which)
         return held_out_loss(self.eval_step, state.params, batches)
 
     def sample(self, state: TrainState, k: int) -> str:
-        text = sample_text(self.config, state.params, self.tokenizer) if self.config.sample.tokens else ""
+        if not self.config.sample.tokens:
+            return ""
+        text = sample_text(self.config, in_one_stack(state.params, self.config.mesh.repeats), self.tokenizer)
         if text:
             self.summaries.text(k, "sample", verbatim(text))
         return text

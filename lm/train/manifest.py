@@ -7,11 +7,12 @@ flipped byte without a word, and sound files may hold something else than what w
 
 import dataclasses
 import hashlib
+import heapq
 import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -58,9 +59,8 @@ class Manifest:
     files: dict[str, FileChecksum]
 
     @classmethod
-    def of(cls, folder: epath.Path, step: int, digest: StateDigest) -> Self:
-        """The manifest of what now lies in the folder, read back from there."""
-        files = {name: FileChecksum.of(folder / name) for name in sorted(_files(folder))}
+    def of(cls, step: int, digest: StateDigest, files: Mapping[str, FileChecksum]) -> Self:
+        """The manifest of a state and of the files of its folder, read back from there."""
         packages = ("jax", "jaxlib", "orbax-checkpoint")
         return cls(
             format=FORMAT,
@@ -71,7 +71,7 @@ class Manifest:
             versions={name: importlib.metadata.version(name) for name in packages}
             | {"python": platform.python_version()},
             leaves=dict(digest.leaves),
-            files=files,
+            files=dict(files),
         )
 
     def write(self, folder: epath.Path) -> None:
@@ -104,18 +104,38 @@ class Manifest:
 
     def verify(self, folder: epath.Path, *names: str) -> None:
         """Raises BadCheckpoint when a file (without names: any file) is not there as it was written."""
-        for name in names or self.files:
-            expected = self.files[name]
-            try:
-                found = FileChecksum.of(folder / name)
-            except FileNotFoundError as error:
-                raise BadCheckpoint(f"{name} is missing") from error
-            except OSError as error:
-                raise BadCheckpoint(f"{name} cannot be read: {reason(error)}") from error
-            if found.size != expected.size:
-                raise BadCheckpoint(f"{name} has {found.size} bytes, {expected.size} were written")
-            if found.sha256 != expected.sha256:
-                raise BadCheckpoint(f"{name} is not as it was written")
+        verify(folder, {name: self.files[name] for name in names or self.files})
+
+
+def verify(folder: epath.Path, files: Mapping[str, FileChecksum]) -> None:
+    """Raises BadCheckpoint when one of these files is not there as it was written."""
+    for name, expected in files.items():
+        try:
+            found = FileChecksum.of(folder / name)
+        except FileNotFoundError as error:
+            raise BadCheckpoint(f"{name} is missing") from error
+        except OSError as error:
+            raise BadCheckpoint(f"{name} cannot be read: {reason(error)}") from error
+        if found.size != expected.size:
+            raise BadCheckpoint(f"{name} has {found.size} bytes, {expected.size} were written")
+        if found.sha256 != expected.sha256:
+            raise BadCheckpoint(f"{name} is not as it was written")
+
+
+def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """The files in `count` parts of about the same size, for as many processes to read."""
+    parts: list[list[str]] = [[] for _ in range(count)]
+    loads = [(0, index) for index in range(count)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        load, index = heapq.heappop(loads)
+        parts[index].append(name)
+        heapq.heappush(loads, (load + sizes[name], index))
+    return parts
+
+
+def file_sizes(folder: epath.Path) -> dict[str, int]:
+    """Bytes of all files below the folder, by path from there."""
+    return {name: (folder / name).stat().length for name in sorted(_files(folder))}
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -6,45 +6,59 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
+from lm.errors import ConfigError
 from lm.experiment import Config
 from lm.model.loss import Batch, LossSums, next_token_loss
+from lm.model.remat import Remat
 from lm.model.transformer import bind, compute_dtype
 from lm.optim.optimizer import optimizer
 from lm.optim.schedules import learning_rate
-from lm.train.state import TrainState
+from lm.parallel.layout import Layout, layout_of, on_each_device
+from lm.parallel.pipeline import split_rows
+from lm.parallel.sharding import batch_sharding, rules, spec
+from lm.train.compiler import compiler_options
+from lm.train.state import TrainState, abstract_state
 
 Metrics = dict[str, jax.Array]
 
 
-def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure function from state and batch to the next state and float32 scalars. The caller jits it, donating
     the state.
+
+    Loss and gradients are computed as lm/parallel/layout.py tells; the update is split by the compiler, which after
+    the gradients has nothing left to exchange but norms.
 
     A step whose loss, gradient or update is not finite is counted but leaves parameters and optimizer state as
     they were, bit for bit: the old values are selected, so nothing non-finite is ever multiplied into them.
     """
     transformation = optimizer(config.optim)
     schedule = learning_rate(config.optim, config.train.steps)
+    compute = _loss_and_gradients(config, mesh)
+    on_host = config.train.optimizer_memory == "host"
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
-        sums, gradients = _accumulate(config, state.params, batch, key)
+        sums, gradients = compute(state.params, batch, key)
         weight = jnp.maximum(sums.weight, 1.0)
         gradients = jax.tree.map(lambda g: g / weight, gradients)
         loss, rate = sums.total / weight, schedule(state.step)
 
-        updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
+        old_opt_state = _to(jax.memory.Space.Device, state.opt_state) if on_host else state.opt_state
+        updates, opt_state = transformation.update(gradients, old_opt_state, state.params)
         updates = jax.tree.map(lambda u: -rate * u, updates)
         grad_norm, update_norm = optax.tree.norm(gradients), optax.tree.norm(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         select = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
         params = select(optax.apply_updates(state.params, updates), state.params)
+        opt_state = select(opt_state, old_opt_state)
         bad = 1 - finite.astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
             params=params,
-            opt_state=select(opt_state, state.opt_state),
+            opt_state=_to(jax.memory.Space.Host, opt_state) if on_host else opt_state,
             skipped=state.skipped + bad,
             bad_streak=(state.bad_streak + 1) * bad,
         )
@@ -64,37 +78,96 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     return train_step
 
 
-def make_eval_step(config: Config) -> Callable[[Any, Batch], LossSums]:
+def jit_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
+    """The train step as it runs and as it is planned: the state is donated and comes back where it was."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(
+        make_train_step(config, mesh),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=compiler_options(mesh),
+    )
+
+
+def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch], LossSums]:
     """The pure function from parameters and batch to the sums of the loss, without dropout and z-loss."""
-    dtype = compute_dtype(config.model)
+    layout = layout_of(config.mesh, mesh)
+    dtype = compute_dtype(config.model, layout.platform)
+    check_batch(config, mesh, layout)
 
     def eval_step(params: Any, batch: Batch) -> LossSums:
-        return next_token_loss(bind(config.model, params), batch, dtype=dtype)
+        sums = next_token_loss(bind(config.model, params), batch, dtype=dtype, layout=layout)
+        return jax.tree.map(layout.total, sums)
 
-    return eval_step
+    specs = _parameter_specs(config, mesh)
+    return on_each_device(eval_step, mesh, (specs, _rows(mesh, config)), PartitionSpec())
 
 
-def _accumulate(config: Config, params: Any, batch: Batch, key: jax.Array) -> tuple[LossSums, Any]:
-    """Sums of loss terms and of their gradients, float32, over the microbatches of a batch."""
-    train, dtype = config.train, compute_dtype(config.model)
+def check_batch(config: Config, mesh: Mesh, layout: Layout) -> None:
+    """Raises ConfigError when rows or columns of the batch cannot be shared out evenly."""
+    train, table = config.train, rules(config.mesh)
+    of = "train.batch_size / train.accumulation"
+    rows = train.batch_size // train.accumulation
+    spec(("batch",), (rows,), mesh, table, tensor=of)
+    rows //= layout.parts("batch")
+    if layout.stages > 1 and rows % layout.microbatches:
+        raise ConfigError(
+            f"{of} leaves {rows} rows to each part of the batch, which do not make "
+            f"{layout.microbatches} microbatches of the pipeline (mesh.microbatches, or else mesh.stage)"
+        )
+    context, tensor = layout.parts("sequence"), layout.parts("residual") // layout.parts("sequence")
+    least = (2 * context if context > 1 else 1) * tensor
+    if train.sequence_length % least:
+        how = [f"twice mesh.context = {2 * context}"] * (context > 1) + [f"mesh.tensor = {tensor}"] * (tensor > 1)
+        raise ConfigError(
+            f"train.sequence_length = {train.sequence_length} cannot be split by {' times '.join(how)}; "
+            f"the nearest that can are {train.sequence_length // least * least} and "
+            f"{-(-train.sequence_length // least) * least}"
+        )
+
+
+def _loss_and_gradients(config: Config, mesh: Mesh) -> Callable[[Any, Batch, jax.Array], tuple[LossSums, Any]]:
+    """From parameters, batch and key to sums of loss terms and of their gradients, float32, over the whole batch."""
+    layout = layout_of(config.mesh, mesh, reduce_dtype=config.train.reduce_dtype)
+    check_batch(config, mesh, layout)
+    specs, by_row = _parameter_specs(config, mesh), _rows(mesh, config)
+
+    def on_one(params: Any, batch: Batch, rows: jax.Array, key: jax.Array) -> tuple[LossSums, Any]:
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)  # one for each, however it is computed
+        sums, gradients = _accumulate(config, layout, params, batch, keys)
+        return jax.tree.map(layout.total, sums), layout.finish(gradients, specs)
+
+    everywhere = on_each_device(on_one, mesh, (specs, by_row, by_row, PartitionSpec()), (PartitionSpec(), specs))
+
+    def compute(params: Any, batch: Batch, key: jax.Array) -> tuple[LossSums, Any]:
+        return everywhere(params, batch, jnp.arange(config.train.batch_size, dtype=jnp.int32), key)
+
+    return compute
+
+
+def _accumulate(config: Config, layout: Layout, params: Any, batch: Batch, keys: jax.Array) -> tuple[LossSums, Any]:
+    """This device's share of the sums and of their gradients, over the microbatches of its rows."""
+    train, dtype = config.train, compute_dtype(config.model, layout.platform)
+    remat = Remat(train.remat, train.saved, train.offloaded)
 
     def total(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, LossSums]:
         model = bind(config.model, params)
         sums = next_token_loss(
-            model, part, dtype=dtype, z_loss=train.z_loss, key=key, remat=train.remat, unroll=train.unroll
+            model,
+            part,
+            dtype=dtype,
+            layout=layout,
+            z_loss=train.z_loss,
+            key=key,
+            remat=remat,
+            unroll=train.unroll,
         )
         return sums.total, sums
 
     gradient = jax.grad(total, has_aux=True)
-    rows = jnp.arange(train.batch_size, dtype=jnp.int32)
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)  # one for each row, however it is computed
     if train.accumulation == 1:
         gradients, sums = gradient(params, batch, keys)
         return sums, gradients
-
-    def split(x: jax.Array) -> jax.Array:
-        # Every device keeps its rows: row r belongs to microbatch r % accumulation.
-        return jnp.swapaxes(x.reshape(-1, train.accumulation, *x.shape[1:]), 0, 1)
 
     def body(carry: tuple[Any, LossSums], inputs: tuple[Batch, jax.Array]) -> tuple[tuple[Any, LossSums], None]:
         part, part_keys = inputs
@@ -102,6 +175,19 @@ def _accumulate(config: Config, params: Any, batch: Batch, key: jax.Array) -> tu
         return jax.tree.map(jnp.add, carry, (gradients, sums)), None
 
     zeros = jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros((), jnp.float32) for _ in range(4)))
-    parts = jax.tree.map(split, (batch, keys))
+    parts = jax.tree.map(lambda x: split_rows(x, train.accumulation), (batch, keys))
     (gradients, sums), _ = jax.lax.scan(body, zeros, parts)
     return sums, gradients
+
+
+def _parameter_specs(config: Config, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding.spec, abstract_state(config, mesh).params)
+
+
+def _rows(mesh: Mesh, config: Config) -> PartitionSpec:
+    return batch_sharding(mesh, rules(config.mesh)).spec
+
+
+def _to(space: Any, tree: Any) -> Any:
+    """Counts stay where they are."""
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, tree)

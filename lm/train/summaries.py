@@ -134,6 +134,20 @@ class Summaries:
         self._records.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
 
 
+class NoSummaries:
+    """In place of `Summaries` in a process that does not log: takes everything, writes nothing."""
+
+    def scalars(self, step: int, values: Mapping[str, float | int]) -> None: ...
+
+    def amend_last(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def text(self, step: int, tag: str, markdown: str) -> None: ...
+
+    def config(self, resolved: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def verbatim(text: str) -> str:
     """Markdown that shows `text` as it is: line by line, with nothing in it read as markup."""
     return "\n".join("    " + line for line in text.splitlines())

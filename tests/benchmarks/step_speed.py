@@ -32,6 +32,7 @@ def our_step(shape: dict[str, int]) -> Any:
     from lm.experiment import Config
     from lm.model.config import ModelConfig
     from lm.optim.config import OptimConfig
+    from lm.parallel.mesh import MeshConfig, make_mesh
     from lm.train.config import TrainConfig
     from lm.train.host_memory import keep_freed_memory
     from lm.train.state import init_state
@@ -47,7 +48,7 @@ def our_step(shape: dict[str, int]) -> Any:
         train=TrainConfig(batch_size=shape["batch"], sequence_length=shape["length"], unroll=shape["layers"]),
     )  # fmt: skip
     state = jax.jit(lambda key: init_state(config, key))(jax.random.key(0))
-    step = jax.jit(make_train_step(config), donate_argnums=0)
+    step = jax.jit(make_train_step(config, make_mesh(MeshConfig(), jax.devices()[:1])), donate_argnums=0)
     rng = np.random.default_rng(0)
     size = (shape["batch"], shape["length"])
     position = np.tile(np.arange(size[1], dtype=np.int32), (size[0], 1))

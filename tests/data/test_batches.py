@@ -81,6 +81,8 @@ def test_evaluation_equals_the_reference(write_data: Write, length: int) -> None
         starts = [*range(0, len(stream), length)]
         assert len(evaluation) == -(-len(starts) // 3)
         starts += [0] * (3 * len(evaluation) - len(starts))
+        last = evaluation.batch(len(evaluation) - 1)
+        same(evaluation.batch(len(evaluation) - 1, np.array([0, 2])), {n: last[n][[0, 2]] for n in last})
         weights = texts = 0.0
         for i in range(len(evaluation)):
             batch = evaluation.batch(i)
@@ -125,6 +127,8 @@ def test_a_step_depends_on_nothing_but_data_seed_and_step(write_data: Write) -> 
         same(Batches(folder, "train", 8, 5, seed=7).batch(step), expected[step])
         parts = [forward.batch(step, slice(i, i + 2)) for i in range(0, 8, 2)]
         same({n: np.concatenate([part[n] for part in parts]) for n in expected[step]}, expected[step])
+        some = np.array([1, 2, 5])  # of a host whose devices lie apart
+        same(forward.batch(step, some), {n: expected[step][n][some] for n in expected[step]})
     other = Batches(folder, "train", 8, 5, seed=8)
     assert not all((other.batch(s)["tokens"] == expected[s]["tokens"]).all() for s in steps)
     double = Batches(folder, "train", 16, 5, seed=7).batch(0)
@@ -141,6 +145,13 @@ def test_blocks_of_the_permutation_join(write_data: Write, monkeypatch: pytest.M
     for step, (starts, lengths) in enumerate(expected):
         assert (small.places(step)[0] == starts).all()
         assert (small.places(step)[1] == lengths).all()
+
+
+def test_the_shapes_are_known_without_reading(write_data: Write) -> None:
+    folder, _ = random_data(write_data, seed=1)
+    batches = Batches(folder, "train", 8, 5, seed=7)
+    batch, shapes = batches.batch(0), batches.shapes()
+    assert {n: (x.shape, x.dtype) for n, x in shapes.items()} == {n: (x.shape, x.dtype) for n, x in batch.items()}
 
 
 def test_a_pinned_batch(write_data: Write) -> None:

@@ -21,17 +21,17 @@ def example(batch=3, length=11, width=8, vocabulary=29, dtype=jnp.float32):
 @pytest.mark.parametrize("chunk", [1, 4, 11, 128])
 @pytest.mark.parametrize(("z_loss", "softcap"), [(0.0, None), (1e-2, None), (1e-2, 3.0)])
 def test_values_and_gradients_are_those_of_the_reference(monkeypatch, chunk, z_loss, softcap):
-    monkeypatch.setattr(chunked, "CHUNK", chunk)
+    monkeypatch.setattr(chunked, "SMALLEST", chunk)
     hidden, output, targets, mask = example()
 
-    def run(function):
+    def run(function, **options):
         def scaled(hidden, output):  # a cotangent other than 1, as a division by the weight makes it
-            total, nll = function(hidden, output, targets, mask, z_loss=z_loss, softcap=softcap)
+            total, nll = function(hidden, output, targets, mask, z_loss=z_loss, softcap=softcap, **options)
             return 0.3 * total + 7 * nll, nll  # the likelihood must not add to the gradient
 
         return jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True)(hidden, output)
 
-    (fast, fast_nll), fast_gradients = run(cross_entropy)
+    (fast, fast_nll), fast_gradients = run(cross_entropy, logits_at_once=1)
     (slow, slow_nll), slow_gradients = run(reference_cross_entropy)
     np.testing.assert_allclose(fast, slow, rtol=1e-5)
     np.testing.assert_allclose(fast_nll, slow_nll, rtol=1e-5)
@@ -64,8 +64,8 @@ def test_huge_logits_stay_finite():
 
 def test_all_logits_are_never_held(monkeypatch):
     """In the compiled gradient, no array has the size of all float32 logits."""
-    monkeypatch.setattr(chunked, "CHUNK", 16)
+    monkeypatch.setattr(chunked, "SMALLEST", 16)
     hidden, output, targets, mask = example(batch=4, length=128, width=16, vocabulary=512)
-    gradient = jax.jit(jax.grad(lambda h, o: cross_entropy(h, o, targets, mask)[0], argnums=(0, 1)))
+    gradient = jax.jit(jax.grad(lambda h, o: cross_entropy(h, o, targets, mask, logits_at_once=1)[0], argnums=(0, 1)))
     temporary = gradient.lower(hidden, output).compile().memory_analysis().temp_size_in_bytes
     assert temporary < 4 * 128 * 512 * 4 / 2

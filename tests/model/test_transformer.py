@@ -14,6 +14,7 @@ from lm.kernels.attention import Places
 from lm.model.config import ModelConfig
 from lm.model.flops import flops_per_token, parameter_count
 from lm.model.loss import next_token_loss
+from lm.model.remat import NO_REMAT, Remat
 from lm.model.transformer import abstract_params, bind, init_params, parameter_axes
 
 BASE = ModelConfig(vocab_size=31, layers=3, width=16, heads=4, context=32)
@@ -134,7 +135,10 @@ def test_cached_logits_agree_with_uncached(config):
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize(
+    "remat",
+    [Remat("full"), Remat("names", ("attention", "feed_forward_up")), Remat("names", ("query",), ("attention",))],
+)
 def test_remat_changes_no_value_and_no_gradient(remat):
     config = dataclasses.replace(BASE, windows=(4, 0), dropout=0.3)
     params, batch, key = params_of(config), batch_of(np.random.default_rng(4)), jax.random.split(jax.random.key(5))
@@ -143,7 +147,7 @@ def test_remat_changes_no_value_and_no_gradient(remat):
         return next_token_loss(bind(config, params), batch, dtype=jnp.float32, key=key, remat=remat).total
 
     compute = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    value, gradients = compute(params, "none")
+    value, gradients = compute(params, NO_REMAT)
     other, others = compute(params, remat)
     np.testing.assert_allclose(value, other, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(others), strict=True):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
@@ -19,10 +20,14 @@ import optax
 import pytest
 
 from lm.errors import ConfigError, StorageError
+from lm.experiment import Config
+from lm.model.config import ModelConfig
+from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.train import checkpoint
 from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
 from lm.train.config import CheckpointConfig
 from lm.train.digest import state_digest
+from lm.train.state import abstract_state, init_state
 
 ATTACHMENTS = {"config.json": b'{"run": 1}\n', "tokenizer.model": bytes(range(256))}
 
@@ -179,7 +184,8 @@ def test_sound_files_with_other_arrays_are_found(tmp_path: Path) -> None:
     wrong.params["layers"]["w"] = wrong.params["layers"]["w"].at[0, 0].add(1)
     checkpoint._start_writing(folder / "state", wrong).result()
     digest = dataclasses.replace(state_digest(wrong), digest=manifest.digest, leaves=manifest.leaves)
-    checkpoint.Manifest.of(folder, 2, digest).write(folder)
+    files = {name: checkpoint.FileChecksum.of(folder / name) for name in checkpoint.file_sizes(folder)}
+    checkpoint.Manifest.of(2, digest, files).write(folder)
     restored = writer.restore_newest(ABSTRACT)
     assert restored is not None
     assert restored[0] == writer.last_good == 1
@@ -391,3 +397,46 @@ def test_kill(tmp_path: Path, moment: str) -> None:
     writer.write(4)
     assert not (tmp_path / left).exists()
     assert steps(tmp_path) == [expected[1], 4]
+
+
+def test_processes_share_the_reading_of_files() -> None:
+    sizes = {f"state/{i}": 1000 - i for i in range(40)} | {"config.json": 3, "empty": 0}
+    parts = checkpoint.shares(sizes, 4)
+    assert sorted(name for part in parts for name in part) == sorted(sizes)
+    loads = [sum(sizes[name] for name in part) for part in parts]
+    assert max(loads) - min(loads) <= 1000
+    assert checkpoint.shares(sizes, 4) == parts
+    assert checkpoint.shares({"one": 5}, 3) == [["one"], [], []]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"stage": 2, "repeats": 2}, {"fsdp": 4}),
+        ({"fsdp": 4}, {"stage": 2, "repeats": 2}),
+        ({"stage": 2, "repeats": 4}, {"stage": 4, "repeats": 2, "fsdp": 2}),
+    ],
+    ids=str,
+)
+def test_a_pipeline_is_restored_as_another_one(before: dict[str, int], after: dict[str, int], tmp_path: Path) -> None:
+    def abstract(sizes: dict[str, int]) -> Any:
+        config = Config(
+            model=ModelConfig(vocab_size=32, layers=8, width=16, heads=2),
+            mesh=MeshConfig(**({"fsdp": 1} | sizes)),
+        )
+        mesh = make_mesh(config.mesh, jax.devices()[: math.prod(config.mesh.sizes.values())])
+        return config, abstract_state(config, mesh)
+
+    config, wanted = abstract(before)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    state = jax.jit(lambda: init_state(config, jax.random.key(0)), out_shardings=shardings)()
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), {}, print)
+    checkpoints.save(state, 3)
+    checkpoints.close()
+    _, other = abstract(after)
+    _, found = Checkpoints(tmp_path, CheckpointConfig(), {}, print).restore_newest(other)
+    for leaf, expected, original in zip(
+        jax.tree.leaves(found), jax.tree.leaves(other), jax.tree.leaves(state), strict=True
+    ):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (expected.shape, expected.dtype, expected.sharding)
+        np.testing.assert_array_equal(np.asarray(leaf).reshape(-1), np.asarray(original).reshape(-1))

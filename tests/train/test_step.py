@@ -20,7 +20,7 @@ from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.sharding import batch_sharding
 from lm.train.config import TrainConfig
 from lm.train.state import TrainState, abstract_state, init_state
-from lm.train.step import Metrics, make_eval_step, make_train_step
+from lm.train.step import Metrics, jit_train_step, make_eval_step, make_train_step
 
 V, B, S = 32, 8, 16
 
@@ -29,6 +29,9 @@ CONFIG = Config(
     optim=OptimConfig(learning_rate=0.01, warmup_steps=0, schedule="constant", clip_norm=None),
     train=TrainConfig(steps=10, batch_size=B, sequence_length=S, z_loss=1e-2),
 )
+
+
+ONE = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
 
 
 def make_batch(seed: int) -> dict[str, np.ndarray]:
@@ -62,7 +65,7 @@ def draw_state() -> TrainState:
 
 @functools.cache
 def compiled(config: Config) -> Any:
-    return jax.jit(make_train_step(config))
+    return jax.jit(make_train_step(config, ONE))
 
 
 def run(config: Config, state: TrainState, steps: int = 1) -> tuple[TrainState, Metrics]:
@@ -128,7 +131,7 @@ def test_metrics_are_what_their_names_say(once: tuple[TrainState, Metrics]) -> N
     assert metrics["update_norm"] == pytest.approx(norm(jax.tree.leaves(change)), rel=1e-4)
     assert metrics["param_norm"] == pytest.approx(norm(jax.tree.leaves(after.params)), rel=1e-5)
     assert all(value.dtype == jnp.float32 and value.shape == () for value in metrics.values())
-    sums = make_eval_step(CONFIG)(before.params, jax.device_put(batch))
+    sums = make_eval_step(CONFIG, ONE)(before.params, jax.device_put(batch))
     assert (float(sums.total), float(sums.weight)) == (pytest.approx(nll, rel=1e-5), weight)
     assert total > nll
 
@@ -157,26 +160,38 @@ def test_accumulation_changes_nothing(parts: int, once: tuple[TrainState, Metric
 @pytest.mark.parametrize(
     ("mesh", "accumulation"),
     [
-        (MeshConfig(data=2, fsdp=1), 1),
-        (MeshConfig(fsdp=2), 1),
-        (MeshConfig(fsdp=4), 1),
-        (MeshConfig(fsdp=1, tensor=2), 1),
-        (MeshConfig(data=2, fsdp=4), 1),
-        (MeshConfig(data=2, fsdp=2, tensor=2), 4),
+        ({"fsdp": 8}, 1),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 2),
+        ({"fsdp": 2, "context": 2, "stage": 2}, 1),
     ],
-    ids=lambda value: "x".join(map(str, dataclasses.astuple(value))) if isinstance(value, MeshConfig) else str(value),
+    ids=str,
 )
-def test_a_mesh_changes_nothing(mesh: MeshConfig, accumulation: int, once: tuple[TrainState, Metrics]) -> None:
-    on = make_mesh(mesh, jax.devices()[: math.prod(dataclasses.astuple(mesh))])
-    cut = config(accumulation=accumulation)
-    abstract = abstract_state(cut, on)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+def test_a_mesh_changes_nothing(mesh: dict[str, int], accumulation: int, once: tuple[TrainState, Metrics]) -> None:
+    """Of the whole step; loss and gradients on every mesh are in tests/parallel/test_equivalence.py."""
+    cut = dataclasses.replace(config(accumulation=accumulation), mesh=MeshConfig(**({"fsdp": 1} | mesh)))
+    on = make_mesh(cut.mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cut, on))
     state = jax.device_put(draw_state(), shardings)
     batch = jax.device_put(make_batch(0), batch_sharding(on))
-    state, metrics = jax.jit(make_train_step(cut), out_shardings=(shardings, None))(state, batch)
+    state, metrics = jit_train_step(cut, on)(state, batch)
     for name, value in once[1].items():
         assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
     assert_same_gradients(state, once[0])
+    for found, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        assert found.sharding.is_equivalent_to(wanted, found.ndim)
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4}], ids=str)
+def test_optimizer_state_on_the_host_changes_nothing(mesh: dict[str, int], once: tuple[TrainState, Metrics]) -> None:
+    cut = dataclasses.replace(config(optimizer_memory="host"), mesh=MeshConfig(**({"fsdp": 1} | mesh)))
+    on = make_mesh(cut.mesh, jax.devices()[: mesh.get("fsdp", 1)])
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cut, on))
+    state = jax.device_put(draw_state(), shardings)
+    state, metrics = jit_train_step(cut, on)(state, jax.device_put(make_batch(0), batch_sharding(on)))
+    assert metrics["loss"] == pytest.approx(float(once[1]["loss"]), rel=1e-6)
+    assert_same_gradients(state, once[0])
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert {leaf.sharding.memory_kind for leaf in moments} == {"pinned_host"}
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh() -> None:
@@ -187,9 +202,17 @@ def test_initial_parameters_do_not_depend_on_the_mesh() -> None:
         np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_nothing(remat: str, once: tuple[TrainState, Metrics]) -> None:
-    state, metrics = run(config(remat=remat), draw_state())
+@pytest.mark.parametrize(
+    "remat",
+    [
+        {"remat": "full"},
+        {"remat": "names", "saved": ("attention", "feed_forward_up")},
+        {"remat": "names", "saved": ("query",), "offloaded": ("attention",)},
+    ],
+    ids=str,
+)
+def test_remat_changes_nothing(remat: dict[str, Any], once: tuple[TrainState, Metrics]) -> None:
+    state, metrics = run(config(**remat), draw_state())
     assert metrics["loss"] == pytest.approx(float(once[1]["loss"]), rel=1e-6)
     assert_same_gradients(state, once[0])
 
@@ -233,7 +256,7 @@ def test_a_batch_without_targets_is_no_division_by_zero() -> None:
 
 
 def test_the_state_is_donated() -> None:
-    step = jax.jit(make_train_step(CONFIG), donate_argnums=0)
+    step = jax.jit(make_train_step(CONFIG, ONE), donate_argnums=0)
     old = draw_state()
     new, _ = step(old, make_batch(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))

@@ -7,15 +7,32 @@ of the output projection in place of the four that recomputing the logits needs.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-CHUNK = 128
+SMALLEST = 128
 """Positions of the sequence per chunk."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+class VocabularyParts(NamedTuple):
+    """What a device holds of the output weights [V, D] when several share them, inside of a `jax.shard_map`."""
+
+    gather: Callable[[jax.Array], jax.Array]
+    """From what it stores to what it uses: its part of the rows, all of D, in the dtype of the hidden states."""
+    scatter: Callable[[jax.Array], jax.Array]
+    """From the float32 gradient of what it uses to that of what it stores."""
+    over: tuple[str, ...] = ()
+    """The mesh axes over which the rows are split, each part as long, in the order of the ids."""
+
+
+WHOLE = VocabularyParts(lambda x: x, lambda x: x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def chunked_cross_entropy(
     hidden: jax.Array,
     output: jax.Array,
@@ -23,15 +40,18 @@ def chunked_cross_entropy(
     mask: jax.Array,
     z_loss: float,
     softcap: float | None,
+    logits_at_once: int,
+    parts: VocabularyParts,
 ) -> tuple[jax.Array, jax.Array]:
     """See `lm.kernels.cross_entropy.cross_entropy`."""
-    weights = output.astype(hidden.dtype)
+    weights = parts.gather(output).astype(hidden.dtype)
 
     def body(sums: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        total, nll, _ = _chunk_loss(chunk, weights, z_loss, softcap)
+        total, nll, _ = _chunk_loss(chunk, weights, z_loss, softcap, parts.over)
         return sums + jnp.stack([total, nll]), None
 
-    sums, _ = jax.lax.scan(body, jnp.zeros(2, jnp.float32), _chunks(hidden, targets, mask))
+    chunks = _chunks(hidden, targets, mask, logits_at_once // weights.shape[0])
+    sums, _ = lax.scan(body, jnp.zeros(2, jnp.float32), chunks)
     return sums[0], sums[1]
 
 
@@ -42,31 +62,39 @@ def _forward(
     mask: jax.Array,
     z_loss: float,
     softcap: float | None,
+    logits_at_once: int,
+    parts: VocabularyParts,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    weights = output.astype(hidden.dtype)
+    weights = parts.gather(output).astype(hidden.dtype)
 
     def body(carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
         sums, d_output = carry
-        total, nll, d_logits = _chunk_loss(chunk, weights, z_loss, softcap)
+        total, nll, d_logits = _chunk_loss(chunk, weights, z_loss, softcap, parts.over)
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = d_logits @ weights
         d_output += jnp.einsum("bcv,bcd->vd", d_logits, chunk[0], preferred_element_type=jnp.float32)
         return (sums + jnp.stack([total, nll]), d_output), d_hidden
 
-    start = (jnp.zeros(2, jnp.float32), jnp.zeros(output.shape, jnp.float32))
-    (sums, d_output), d_chunks = jax.lax.scan(body, start, _chunks(hidden, targets, mask))
+    start = (jnp.zeros(2, jnp.float32), jnp.zeros(weights.shape, jnp.float32))
+    chunks = _chunks(hidden, targets, mask, logits_at_once // weights.shape[0])
+    (sums, d_output), d_chunks = lax.scan(body, start, chunks)
     d_hidden = jnp.moveaxis(d_chunks, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
-    return (sums[0], sums[1]), (d_hidden[:, : hidden.shape[1]], d_output.astype(output.dtype))
+    return (sums[0], sums[1]), (d_hidden[:, : hidden.shape[1]], parts.scatter(d_output).astype(output.dtype))
 
 
 def _backward(
     z_loss: float,
     softcap: float | None,
+    logits_at_once: int,
+    parts: VocabularyParts,
     gradients: tuple[jax.Array, jax.Array],
     cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, None, None]:
     d_hidden, d_output = gradients
-    factor = cotangents[0]  # the likelihood, the second result, is only reported
+    # The likelihood, the second result, is only reported. The sum is that of all parts, and so is its gradient.
+    factor = cotangents[0]
+    if parts.over:
+        factor = lax.psum(factor, parts.over)
     return d_hidden * factor.astype(d_hidden.dtype), d_output * factor.astype(d_output.dtype), None, None
 
 
@@ -74,7 +102,7 @@ chunked_cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunk_loss(
-    chunk: tuple[jax.Array, ...], weights: jax.Array, z_loss: float, softcap: float | None
+    chunk: tuple[jax.Array, ...], weights: jax.Array, z_loss: float, softcap: float | None, over: tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums of the loss and the likelihood of a chunk, and d loss / d logits before the cap [B, C, V] float32."""
     hidden, targets, mask = chunk
@@ -84,23 +112,30 @@ def _chunk_loss(
         squashed = jnp.tanh(logits / softcap)
         logits, slope = softcap * squashed, 1 - jnp.square(squashed)
     top = jnp.max(logits, axis=-1, keepdims=True)
+    if over:
+        top = lax.pmax(top, over)
+        targets = targets - lax.axis_index(over) * weights.shape[0]
     exponentials = jnp.exp(logits - top)
-    normalizer = jnp.sum(exponentials, axis=-1, keepdims=True)
-    log_normalizer = (top + jnp.log(normalizer))[..., 0]
-    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
-    nll = log_normalizer - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    is_target = lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
+    sums = jnp.sum(exponentials, axis=-1), jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    normalizer, of_target = lax.psum(sums, over) if over else sums
+    log_normalizer = top[..., 0] + jnp.log(normalizer)
+    nll = log_normalizer - of_target
     total = nll + z_loss * jnp.square(log_normalizer)
-    factor = (mask * (1 + 2 * z_loss * log_normalizer))[..., None] / normalizer
+    factor = (mask * (1 + 2 * z_loss * log_normalizer) / normalizer)[..., None]
     d_logits = exponentials * factor - jnp.where(is_target, mask[..., None], 0.0)
     if slope is not None:
         d_logits *= slope
     return jnp.sum(total * mask), jnp.sum(nll * mask), d_logits
 
 
-def _chunks(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
-    """Splits [B, S, ...] into [chunks, B, C, ...]; what is added to fill the last chunk has weight 0."""
+def _chunks(hidden: jax.Array, targets: jax.Array, mask: jax.Array, tokens: int) -> tuple[jax.Array, ...]:
+    """Splits [B, S, ...] into [chunks, B, C, ...] of about so many tokens, at least SMALLEST positions.
+
+    What is added to fill the last chunk has weight 0.
+    """
     batch, length = targets.shape
-    count = -(-length // CHUNK)
+    count = -(-length // max(tokens // batch, SMALLEST))
     size = -(-length // count)
 
     def split(x: jax.Array) -> jax.Array:

@@ -1,0 +1,174 @@
+"""`python -m launch.local --processes N [--devices M] [--port P] -- train CONFIG …`: many processes on this machine.
+
+Starts N times `lm train CONFIG …`, each with M simulated CPU devices, joined over loopback as the hosts of a cluster
+are. What they print is prefixed with their number. When one ends with an error, all end, and its exit code is the
+exit code; Ctrl-C and SIGTERM are passed on, so that the run saves and can go on.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from lm.errors import LostProcessError
+
+ENDING_SECONDS = 10.0
+"""What the others have to end by themselves when one has failed; then SIGTERM, and as long again later SIGKILL."""
+_USAGE = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns the exit code: 0 when all processes ended with 0."""
+    parser = argparse.ArgumentParser("python -m launch.local", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--processes", type=_positive, required=True, metavar="N")
+    parser.add_argument("--devices", type=_positive, default=1, metavar="M", help="CPU devices of each; default: 1")
+    parser.add_argument("--port", type=int, metavar="P", help="of the first process; default: a free one")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- VERB …", help="what follows `lm`")
+    options = parser.parse_args(arguments)
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not command:
+        parser.error("what is to run is missing; write -- train CONFIG")
+    try:
+        port = _checked(options.port) if options.port is not None else free_port()
+    except OSError as error:
+        print(f"launch.local: port {options.port} is not free: {error.strerror or error}", file=sys.stderr)
+        return _USAGE
+    environments = [environment(index, options.processes, options.devices, port) for index in range(options.processes)]
+    return run([sys.executable, "-m", "lm", *command], environments)
+
+
+def run(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+    """Runs the command once in each environment, until all have ended."""
+    asked: list[int] = []
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in handled}
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        for environment in environments:
+            # In sessions of their own: Ctrl-C on a terminal would reach them a second time.
+            child = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+            children.append(child)
+        mutex = threading.Lock()
+        readers = [
+            threading.Thread(target=_copy, args=(index, source, target, mutex), daemon=True)
+            for index, child in enumerate(children)
+            for source, target in ((child.stdout, sys.stdout.buffer), (child.stderr, sys.stderr.buffer))
+        ]
+        for reader in readers:
+            reader.start()
+        code = _wait(children, asked)
+        for reader in readers:
+            reader.join()
+        return code
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(children: Sequence[subprocess.Popen[bytes]], asked: list[int]) -> int:
+    """The code of the first that did not end with 0, and not because of another one."""
+    deadline, passed, steps = float("inf"), 0, [signal.SIGTERM, signal.SIGKILL]
+    ended: list[int] = []  # in order
+    left = list(children)
+    while left:
+        time.sleep(0.05)
+        codes = [child.returncode for child in left if child.poll() is not None]
+        left = [child for child in left if child.returncode is None]
+        if any(codes) and not any(ended):
+            deadline = time.monotonic() + ENDING_SECONDS
+        ended += codes
+        if time.monotonic() > deadline and steps:
+            _signal(children, steps.pop(0))
+            deadline = time.monotonic() + ENDING_SECONDS
+        if len(asked) > passed:
+            _signal(children, asked[0] if passed == 0 else signal.SIGKILL)
+            passed = len(asked)
+    failed = [code for code in ended if code]
+    first = next((code for code in failed if code != LostProcessError.exit_code), failed[0] if failed else 0)
+    return first if first >= 0 else 128 - first  # as a shell reports a signal
+
+
+def _signal(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(number)
+
+
+def _copy(index: int, source: IO[bytes], target: IO[bytes], mutex: threading.Lock) -> None:
+    for line in source:
+        if line.startswith(b"[Gloo] Rank ") or b"connected peer ranks is" in line:
+            continue  # what the collectives on CPU say of each connection
+        with mutex, contextlib.suppress(OSError, ValueError):  # a reader that went away ends no run
+            target.write(f"[{index}] ".encode() + line.rstrip(b"\n") + b"\n")
+            target.flush()
+
+
+def environment(index: int, count: int, devices: int, port: int) -> dict[str, str]:
+    """Of one of `count` processes with so many devices each."""
+    # The code beside this file is what runs, wherever it runs.
+    here = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def free_port() -> int:
+    """Nobody listens there now, and hardly anybody soon: the system hands such ports out in turn."""
+    return _checked(0)
+
+
+def _checked(port: int) -> int:
+    """Raises OSError when the port is taken."""
+    if not 0 <= port < 65536:
+        raise OSError(f"a port is a number below 65536, got {port}")
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
+        number: int = sock.getsockname()[1]
+        return number
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def _end_with_parent() -> None:
+    """Nothing is left behind when this program is killed in a way that it cannot handle."""
+    if sys.platform.startswith("linux"):
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
