@@ -36,6 +36,9 @@ class Layout:
     reduce_dtype: str = "float32"
     """What gradients of weights are summed in between devices."""
 
+    lines: tuple[tuple[str, int], ...] = ()
+    """By mesh axis: how many of its devices in a row lie along one line of the torus, for axes that go through all of
+    its dimensions. libtpu has no reduce-scatter over these: it sums everything everywhere, twice the bytes."""
     microbatches: int = 1
     """In the pipeline, for each part of the batch that is computed at once."""
     repeats: int = 1
@@ -80,13 +83,13 @@ class Layout:
         return gradient.astype(jnp.float32)
 
     def _sum_and_scatter(self, x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
-        count = self.size(*axes)
-        if self.platform != "tpu" or len(axes) > 1 or count < 64 or count % 4:
+        line = dict(self.lines).get(axes[0]) if len(axes) == 1 else None
+        if line is None:
             return lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
-        # Over all three sides of a torus, or two long ones, libtpu has no reduce-scatter: it sums everything
-        # everywhere, twice the bytes. Two steps over parts of the axis come to the same as one.
-        for step in (np.arange(count).reshape(-1, 4).T, np.arange(count).reshape(-1, 4)):
-            x = lax.psum_scatter(x, axes[0], scatter_dimension=dimension, axis_index_groups=step.tolist(), tiled=True)
+        # First over planes of the torus, then along the lines that are left: together the same as one step.
+        lines = np.arange(self.size(*axes)).reshape(-1, line)
+        for groups in (lines.T, lines):
+            x = lax.psum_scatter(x, axes[0], scatter_dimension=dimension, axis_index_groups=groups.tolist(), tiled=True)
         return x
 
     def finish(self, gradients: Any, specs: Any) -> Any:
@@ -226,9 +229,28 @@ def layout_of(config: MeshConfig, mesh: Mesh, *, reduce_dtype: str = "float32") 
         sizes=tuple((axis, size) for axis, size in mesh.shape.items() if size > 1),
         platform=mesh.devices.flat[0].platform,
         reduce_dtype=reduce_dtype,
+        lines=_lines(mesh),
         microbatches=config.pipeline_microbatches,
         repeats=config.repeats,
     )
+
+
+def _lines(mesh: Mesh) -> tuple[tuple[str, int], ...]:
+    """See `Layout.lines`."""
+    if mesh.devices.flat[0].platform != "tpu":
+        return ()
+    places = np.array([device.coords for device in mesh.devices.flat]).reshape(*mesh.devices.shape, -1)
+    through = (places != places[(0,) * mesh.devices.ndim]).reshape(-1, places.shape[-1]).any(axis=0)
+    found = []
+    for dimension, axis in enumerate(mesh.axis_names):
+        along = np.moveaxis(places, dimension, 0).reshape(mesh.devices.shape[dimension], -1, places.shape[-1])[:, 0]
+        moves = along != along[0]
+        if len(along) < 2 or through.sum() < 2 or not (moves.any(axis=0) == through).all():
+            continue
+        line = next(i for i in range(len(along)) if moves[: i + 1].any(axis=0).sum() > 1)
+        if len(along) % line == 0:
+            found.append((axis, line))
+    return tuple(found)
 
 
 def on_each_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
