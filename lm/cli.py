@@ -240,6 +240,8 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 def _config_show(options: argparse.Namespace) -> None:
     from lm import config as configs
 
+    if options.devices is not None and (options.devices < 1 or not options.sharding):
+        raise ConfigError(f"--devices is for --sharding, and at least 1; got {options.devices}")
     config = _load(options)
     if options.json:
         print(configs.to_json(config), end="")

@@ -70,8 +70,8 @@ class Attention(nnx.Module):
         k = self._norm(linear(x, self.key, layout, self.key_bias), self.key_norm, layout)
         v = linear(x, self.value, layout, self.value_bias)
         if self.rope_theta is not None:
-            q = rotary(q, here.positions, self.rope_theta)
-            k = rotary(k, here.positions, self.rope_theta)
+            q = rotary(q, here.positions, self.rope_theta, platform=layout.platform)
+            k = rotary(k, here.positions, self.rope_theta, platform=layout.platform)
         q, k, v = (checkpoint_name(part, name) for part, name in ((q, "query"), (k, "key"), (v, "value")))
         sources = places
         if cache is not None:

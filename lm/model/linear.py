@@ -24,7 +24,7 @@ def linear(x: jax.Array, weight: nnx.Param, layout: Layout, bias: nnx.Param | No
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x: jax.Array, weight: jax.Array, axes: tuple[str, ...], layout: Layout) -> jax.Array:
-    stored = _Stored(x.shape[1], weight.shape, axes, layout)
+    stored = _Stored(weight.shape, axes, layout)
     whole = stored.whole(weight, x.dtype)
     y = jnp.einsum("ti,oi->to" if stored.transposed else "ti,io->to", x, whole)
     return y.reshape(x.shape[0], *stored.outer)
@@ -40,7 +40,7 @@ def _backward(
     axes: tuple[str, ...], layout: Layout, kept: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, weight = kept
-    stored = _Stored(x.shape[1], weight.shape, axes, layout)
+    stored = _Stored(weight.shape, axes, layout)
     dy = dy.reshape(x.shape[0], -1)
     whole = stored.whole(weight, x.dtype)
     dx = jnp.einsum("to,oi->ti" if stored.transposed else "to,io->ti", dy, whole)
@@ -59,16 +59,13 @@ class _Stored:
     outputs. Along another one, the devices would exchange it in pieces, or with all of it copied before.
     """
 
-    def __init__(self, inputs: int, shape: tuple[int, ...], axes: tuple[str, ...], layout: Layout):
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], layout: Layout):
         self.shape, self.layout = shape, layout
-        self.transposed = bool(layout.over(axes[-1])) and axes[-1] in GATHERED
+        to_residual = axes[-1] in GATHERED
+        self.transposed = to_residual and bool(layout.over(axes[-1]))
         self.gathered = (axes[-1] if self.transposed else axes[0],)
-        # The first dimensions of the weight make its inputs; the first or the last may be stored in parts.
-        left, inner = inputs // layout.gathered_parts(axes[0]), 0
-        while left > 1:
-            left //= shape[inner]
-            inner += 1
-        inner = max(inner, 1)
+        # Weights read the residual stream, their first dimension, or write to it, their last; that may be in parts.
+        inner = len(shape) - 1 if to_residual else 1
         self.local = (math.prod(shape[:inner]), math.prod(shape[inner:]))
         self.outer = (*shape[inner:-1], shape[-1] * layout.gathered_parts(axes[-1]))
 

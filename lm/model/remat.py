@@ -18,8 +18,8 @@ class Remat(NamedTuple):
 NO_REMAT = Remat()
 
 
-def apply(remat: Remat, layer: Callable[..., Any]) -> Callable[..., Any]:
-    """`layer`, whose backward pass finds saved what `remat` says."""
+def apply(remat: Remat, layer: Callable[..., Any], *, in_loop: bool) -> Callable[..., Any]:
+    """`layer`, whose backward pass finds saved what `remat` says. `in_loop`: it is the body of a scan."""
     if remat.kind == "none":
         return layer
     policies = jax.checkpoint_policies
@@ -34,5 +34,5 @@ def apply(remat: Remat, layer: Callable[..., Any]) -> Callable[..., Any]:
         )
     else:
         policy = policies.save_only_these_names(*remat.saved)
-    # Inside a scan, XLA cannot merge the second computation with the first: no barrier is needed.
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    # From one loop to another XLA merges nothing; elsewhere a barrier keeps the second computation from the first.
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not in_loop)

@@ -159,7 +159,7 @@ class Transformer(nnx.Module):
         last_cache: dict[str, KeyValues | None] = {}
         for i in map(str, range(len(last_graphs))):
             name, layer = f"last_{i}", jnp.int32(groups * period + int(i))
-            call = _one_layer(last_graphs[i], layout, remat)
+            call = _one_layer(last_graphs[i], layout, remat, in_loop=False)
             before = None if cache is None else cache[name]
             x, last_cache[name] = call(last_states[i], x, places, keys, layer, before)
         return x, None if cache is None else {**stacked_cache, **last_cache}
@@ -203,7 +203,7 @@ class Transformer(nnx.Module):
         return stacked | {f"last_{i}": zeros() for i in self.last_layers}
 
 
-def _one_layer(graph: Any, layout: Layout, remat: Remat) -> Any:
+def _one_layer(graph: Any, layout: Layout, remat: Remat, *, in_loop: bool) -> Any:
     """The function of one layer's parameters, the residual stream, and what else it reads."""
 
     def layer(
@@ -217,7 +217,7 @@ def _one_layer(graph: Any, layout: Layout, remat: Remat) -> Any:
         layer_keys = None if keys is None else _fold_in(keys, number)
         return nnx.merge(graph, part)(x, places, layout, layer_keys, cache)
 
-    return apply(remat, layer)
+    return apply(remat, layer, in_loop=in_loop)
 
 
 def _scan(
@@ -234,7 +234,8 @@ def _scan(
 ) -> tuple[jax.Array, dict[str, KeyValues | None]]:
     """A loop over stacked layers, of which `first` is the number of the first."""
     period = len(graphs)
-    calls = {i: _one_layer(graph, layout, remat) for i, graph in graphs.items()}
+    in_loop = unroll < jax.tree.leaves(states)[0].shape[0]
+    calls = {i: _one_layer(graph, layout, remat, in_loop=in_loop) for i, graph in graphs.items()}
 
     def group(x: jax.Array, inputs: tuple) -> tuple[jax.Array, dict]:
         parts, number, caches = inputs

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from lm.parallel.mesh import MeshConfig
+from lm.parallel.mesh import AnyMesh, MeshConfig
 from lm.parallel.sharding import check_table, rules, split_axes
 
 
@@ -219,17 +219,18 @@ LOCAL = Layout()
 GATHERED = ("embed", "expert_embed")
 
 
-def layout_of(config: MeshConfig, mesh: Mesh, *, reduce_dtype: str = "float32") -> Layout:
-    """The layout of a config on its mesh. Raises ConfigError for rules that cannot work."""
+def layout_of(config: MeshConfig, mesh: AnyMesh, *, reduce_dtype: str = "float32") -> Layout:
+    """The layout of a config on its mesh, to compute with if that has devices. Raises ConfigError for rules that
+    cannot work."""
     table = rules(config)
     check_table(mesh, table)
     axes = {name: split_axes(name, mesh, table) for name in table}
     return Layout(
         axes=tuple((name, over) for name, over in axes.items() if over),
         sizes=tuple((axis, size) for axis, size in mesh.shape.items() if size > 1),
-        platform=mesh.devices.flat[0].platform,
+        platform=mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "cpu",
         reduce_dtype=reduce_dtype,
-        lines=_lines(mesh),
+        lines=_lines(mesh) if isinstance(mesh, Mesh) else (),
         microbatches=config.pipeline_microbatches,
         repeats=config.repeats,
     )

@@ -83,17 +83,20 @@ class MeshConfig:
             for name, least in (("microbatches", 0), ("repeats", 1)):
                 if getattr(self, name) > max(least, 1):
                     yield name, f"is for a pipeline, and mesh.stage is 1; got {getattr(self, name)}"
-        elif self.microbatches and (self.microbatches < 0 or self.microbatches % self.stage):
+        elif self.stage > 1 and (self.microbatches < 0 or self.microbatches % self.stage):
             yield "microbatches", f"must be a multiple of mesh.stage = {self.stage}, or 0; got {self.microbatches}"
         if self.repeats < 1:
             yield "repeats", f"must be at least 1, got {self.repeats}"
+        names = [rule.name for rule in self.rules]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            yield "rules", f"two are for {twice[0]!r}: write one, with all axes"
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over these devices (all by default). Raises ConfigError when the sizes do not fit them."""
     devices = jax.devices() if devices is None else devices
     sizes = _fill(config, len(devices))
-    slices = len({getattr(device, "slice_index", None) for device in devices})
+    slices = count_slices(devices)
     if slices > 1:
         outer = _between_slices(sizes, slices)
         inner = tuple(size // outer[axis] for axis, size in sizes.items())
@@ -105,6 +108,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     else:
         grid = np.asarray(devices).reshape(tuple(sizes.values()))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def count_slices(devices: Sequence[jax.Device]) -> int:
+    """Between how many groups of these devices the links are slow. GPUs are one group: their axes may cross hosts."""
+    if devices[0].platform == "gpu":
+        return 1
+    return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def abstract_mesh(config: MeshConfig, count: int | None = None) -> AbstractMesh:
@@ -124,9 +134,10 @@ def _fill(config: MeshConfig, count: int) -> dict[str, int]:
     filled = {axis: count // given if size == -1 else size for axis, size in config.sizes.items()}
     if math.prod(filled.values()) != count:
         shown = " x ".join(f"{axis} {size}" for axis, size in config.sizes.items() if size != 1) or "1"
-        raise ConfigError(
-            f"mesh: {shown} does not fit {count} device(s); the product must be {count}, or leave one axis at -1"
-        )
+        how = f"product must be {count}, or leave one axis at -1"
+        if -1 in config.sizes.values():
+            how = f"product of the others must divide {count}"
+        raise ConfigError(f"mesh: {shown} does not fit {count} device(s); the {how}")
     return filled
 
 

@@ -148,11 +148,17 @@ def check_table(mesh: AnyMesh, table: Rules) -> None:
                 f"mesh.{axis} is {mesh.shape[axis]}, but the rules for batch, residual and layers do not use it: all "
                 "its devices would compute the same"
             )
+    if split_axes("layers", mesh, table) != (("stage",) if mesh.shape["stage"] > 1 else ()):
+        raise ConfigError(f"mesh.rules: layers is over stage, where they are computed in turn; got {table['layers']}")
     for name in ("vocab", "heads", "kv_heads", "all_heads", "mlp"):
         if set(split_axes(name, mesh, table)) - {"tensor"}:
             raise ConfigError(f"mesh.rules: {name} is computed in parts, over tensor or not at all; got {table[name]}")
     if len({split_axes(name, mesh, table) for name in ("heads", "kv_heads", "all_heads")}) > 1:
         raise ConfigError("mesh.rules: heads, kv_heads and all_heads meet in attention: split all, or none")
+    for name in ("residual", "layers", "vocab", "heads", "kv_heads", "all_heads", "mlp"):
+        for axis in split_axes(name, mesh, table):
+            if axis in split_axes("batch", mesh, table):
+                raise ConfigError(f"mesh.rules: batch and {name} cannot both be split over {axis}: replace one of them")
     for name in ("embed", "expert_embed"):
         if set(split_axes(name, mesh, table)) & {"tensor", "stage"}:
             raise ConfigError(

@@ -9,8 +9,10 @@ from lm.experiment import Config
 from lm.model.flops import flops_per_token
 from lm.model.transformer import abstract_params
 from lm.optim.optimizer import decays, parameter_group, paths
+from lm.parallel.layout import layout_of
 from lm.parallel.mesh import AnyMesh
 from lm.train.state import abstract_state, stored_axes
+from lm.train.step import check_batch
 
 
 def describe(config: Config) -> str:
@@ -40,6 +42,7 @@ def describe_sharding(config: Config, mesh: AnyMesh) -> str:
     """A table of the parameters on a mesh: shape, names of the axes, mesh axes that split them, bytes on each device;
     and the bytes of the whole state. Allocates nothing. Raises ConfigError for layouts that fail."""
     state = abstract_state(config, mesh)
+    check_batch(config, mesh, layout_of(config.mesh, mesh))
     names = jax.tree.leaves(stored_axes(config), is_leaf=lambda node: isinstance(node, tuple))
     rows = [("parameter", "shape", "axes", "split over", "bytes per device")]
     for path, leaf, axes in zip(paths(state.params), jax.tree.leaves(state.params), names, strict=True):

@@ -92,6 +92,7 @@ _BLOCK = (0xCC9E2D51, 0x1B873593, 0xE6546B65, 0x9E3779B1)
 
 def _reduce(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Four lane sums, uint32 [4], and whether all elements are finite."""
+    x = jax.device_put(x, jax.memory.Space.Device)  # it may lie in the memory of the host
     finite = jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.ones_like(x, jnp.bool_)
     bits = _bits(x)
     if bits.ndim > x.ndim:  # elements of 64 bits: two words each

@@ -11,7 +11,7 @@ from lm import config as configs
 from lm.data.tokenizers import FILE_NAMES, Tokenizer, load_tokenizer
 from lm.errors import ConfigError, StorageError
 from lm.experiment import Config
-from lm.parallel.mesh import MeshConfig, make_mesh
+from lm.parallel.mesh import MeshConfig, count_slices, make_mesh
 from lm.parallel.processes import ALONE, Processes
 from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
 from lm.train.run_directory import RunDirectory, is_run
@@ -55,14 +55,13 @@ def load_trained(path: str, *, step: int | None = None, processes: Processes = A
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(path)))  # it may have moved
     # On the devices here, not those it was trained on.
     train = dataclasses.replace(config.train, optimizer_memory="device")
-    config = dataclasses.replace(config, mesh=MeshConfig(), train=train)
+    config = dataclasses.replace(config, mesh=MeshConfig(data=count_slices(jax.devices())), train=train)
     mesh = make_mesh(config.mesh)
     try:
         abstract = abstract_state(config, mesh)
-    except ConfigError:  # sizes that so many devices cannot split
-        if processes.count > 1:
-            raise
-        mesh = make_mesh(config.mesh, jax.devices()[:1])
+    except ConfigError:  # sizes that so many devices cannot split: a copy on each
+        config = dataclasses.replace(config, mesh=MeshConfig(data=-1, fsdp=1))
+        mesh = make_mesh(config.mesh)
         abstract = abstract_state(config, mesh)
     state = Checkpoints(directory, config.checkpoint, {}, print, processes).restore(step, abstract)
     kind = config.data.tokenizer.kind

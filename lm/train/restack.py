@@ -45,7 +45,11 @@ def restack(state: T, abstract: T) -> T:
     for path, leaf in zip(leaf_paths(state), leaves, strict=True):
         if leaf.shape != wanted[path].shape:
             shape = wanted[path].shape
-            leaf = jax.jit(lambda x, s=shape: x.reshape(s), out_shardings=wanted[path].sharding)(leaf)
+            # On the device, of what is in the memory of the host no more than this.
+            leaf = jax.jit(
+                lambda x, s=shape: jax.device_put(x, jax.memory.Space.Device).reshape(s),
+                out_shardings=wanted[path].sharding,
+            )(leaf)
         found.append(leaf)
     return jax.tree.unflatten(structure, found)
 
@@ -60,4 +64,5 @@ def _sharding(leaf: jax.ShapeDtypeStruct, saved: tuple[int, ...]) -> NamedShardi
     stages = parts[leaf.ndim - inner - 1]
     count = math.prod(sharding.mesh.shape[axis] for axis in ((stages,) if isinstance(stages, str) else stages or ()))
     stacked = [None] * (len(saved) - inner - 1) + [stages if saved[-inner - 1] % count == 0 else None]
-    return NamedSharding(sharding.mesh, PartitionSpec(*stacked, *parts[leaf.ndim - inner :]))
+    spec = PartitionSpec(*stacked, *parts[leaf.ndim - inner :])
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)

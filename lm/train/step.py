@@ -16,6 +16,7 @@ from lm.model.transformer import bind, compute_dtype
 from lm.optim.optimizer import optimizer
 from lm.optim.schedules import learning_rate
 from lm.parallel.layout import Layout, layout_of, on_each_device
+from lm.parallel.mesh import AnyMesh
 from lm.parallel.pipeline import split_rows
 from lm.parallel.sharding import batch_sharding, rules, spec
 from lm.train.compiler import compiler_options
@@ -103,7 +104,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch], LossSum
     return on_each_device(eval_step, mesh, (specs, _rows(mesh, config)), PartitionSpec())
 
 
-def check_batch(config: Config, mesh: Mesh, layout: Layout) -> None:
+def check_batch(config: Config, mesh: AnyMesh, layout: Layout) -> None:
     """Raises ConfigError when rows or columns of the batch cannot be shared out evenly."""
     train, table = config.train, rules(config.mesh)
     of = "train.batch_size / train.accumulation"

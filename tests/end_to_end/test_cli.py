@@ -103,6 +103,19 @@ def test_config_show_and_diff(lm: Lm, undisturbed: Path) -> None:
     assert lm("config", "diff", undisturbed, undisturbed).stdout == "no difference\n"
 
 
+def test_config_show_sharding_on_devices_that_are_not_here(
+    in_workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--sharding", "--devices=8", "--mesh.tensor=2", "--mesh.context=2", "--train.optimizer_memory=host"]
+    assert main(["config", "show", "tiny.py", *options]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == "embedding 258 x 16 vocab, embed tensor, fsdp x context 2,064"
+    assert "final_norm.scale 16 features - 64" in lines
+    assert "mesh fsdp 2 x context 2 x tensor 2, 8 devices" in lines
+    assert lines[-1].startswith("optimizer state ")
+    assert lines[-1].endswith(" in the memory of the host")
+
+
 def test_data_build_and_show(lm: Lm, workplace: Path, undisturbed: Path) -> None:
     lm("data", "build", "tiny.py", "--data.dir", "built")
     files = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (workplace / "built").iterdir()}
@@ -201,6 +214,11 @@ def test_help_is_there_for_every_verb(lm: Lm, capsys: pytest.CaptureFixture[str]
         (["train", "tiny.py", "--train.steps=0"], "train.steps: must be at least 1, got 0"),
         (["train", "tiny.py", "--model.heads=3"], "model.heads"),
         (["train", "tiny.py", "--mesh.fsdp=3"], "fsdp 3"),
+        (["train", "tiny.py", "--mesh.rules.0.name=embd"], "mesh.rules: nothing is named 'embd'"),
+        (["config", "show", "tiny.py", "--sharding", "--devices=0"], "--devices is for --sharding, and at least 1"),
+        (["config", "show", "tiny.py", "--devices=8"], "--devices is for --sharding"),
+        (["config", "show", "tiny.py", "--sharding", "--devices=8"], "batch of 4 cannot be split over mesh axes fsdp"),
+        (["config", "show", "tiny.py", "--sharding", "--devices=6"], "embed of 16 cannot be split over mesh axes fsdp"),
         (["train", "tinny.py"], "did you mean tiny.py?"),
         (["train", "text"], "text: not a run directory, it has no config.json"),
         (["train", "text/1.txt"], "a config is a .py file"),

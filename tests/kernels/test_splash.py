@@ -97,9 +97,10 @@ def test_tiles_divide_the_sequence_and_are_not_much_larger_than_a_window() -> No
         assert queries % sizes.block_q == 0
         assert keys % sizes.block_kv == 0
         assert sizes.block_kv % sizes.block_kv_compute == 0
+        assert keys % sizes.block_kv_dkv == 0
         assert not window or sizes.block_kv <= max(256, 2 * window)
-    assert splash.block_sizes(8192, 8192, 0).block_kv == splash.LARGEST_KEYS
-    assert splash.block_sizes(8192, 8192, 0, head_dim=256).block_kv == splash.LARGEST_KEYS // 2
+    assert splash.block_sizes(8192, 8192, 0).block_kv_dkv == splash.LARGEST_KEYS
+    assert splash.block_sizes(8192, 8192, 0, head_dim=256).block_kv_dkv == splash.LARGEST_KEYS // 2
 
 
 def test_shapes_that_the_kernel_does_not_take() -> None:

@@ -14,6 +14,7 @@ from lm.kernels.attention import Places
 from lm.model.config import ModelConfig
 from lm.model.flops import flops_per_token, parameter_count
 from lm.model.loss import next_token_loss
+from lm.model.positions import rotary
 from lm.model.remat import NO_REMAT, Remat
 from lm.model.transformer import abstract_params, bind, init_params, parameter_axes
 
@@ -35,6 +36,7 @@ VARIANTS = {
     "qwen 2": {"bias": "qkv", "kv_heads": 2},
     "no positions, squared relu": {"positions": "none", "activation": "squared_relu", "norm_parameters": "none"},
     "wide heads": {"head_dim": 10, "init": "lecun"},
+    "heads of one feature": {"head_dim": 1, "positions": "learned"},
     "small init": {"init": "small"},
 }  # fmt: skip
 ALL = [pytest.param(dataclasses.replace(BASE, **changes), id=name) for name, changes in VARIANTS.items()]
@@ -316,3 +318,23 @@ def test_flops_of_windows():
     # Two of three layers see 4 tokens back: 16 - 8 + ... pairs shrink from S/2 to w - w²/2S on average.
     assert full.causal - local.causal == pytest.approx(per_pair * 2 * (8 - (4 - 0.5)))
     assert full.full == local.full
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rotary_positions_for_tpus_are_the_same(dtype):
+    """Values and gradients of the form whose halves are swapped by a product."""
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8)).astype(dtype)
+    positions = jnp.array([[0, 1, 2, 3, 4], [100, 7, 0, 1, 9]], jnp.int32)
+
+    def both(platform):
+        def loss(x):
+            y = rotary(x, positions, 100.0, platform=platform)
+            return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+        return jax.grad(loss, has_aux=True)(x)
+
+    (gradient, y), (expected_gradient, expected) = both("tpu"), both("cpu")
+    assert (y.dtype, gradient.dtype) == (dtype, dtype)
+    tolerance = 1e-6 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(y.astype(jnp.float32), expected.astype(jnp.float32), atol=tolerance)
+    np.testing.assert_allclose(gradient.astype(jnp.float32), expected_gradient.astype(jnp.float32), atol=tolerance)

@@ -40,7 +40,8 @@ def test_one_axis_takes_what_is_left() -> None:
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 3}, {"fsdp": 16}, {"data": 3}, {"data": 2, "fsdp": 2}])
 def test_a_mesh_that_does_not_fit_the_devices(sizes: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match=r"does not fit 8 device\(s\); the product must be 8") as error:
+    said = r"the product must be 8" if "fsdp" in sizes else r"the product of the others must divide 8"
+    with pytest.raises(ConfigError, match=rf"does not fit 8 device\(s\); {said}") as error:
         make_mesh(MeshConfig(**sizes))
     assert all(f"{name} {size}" in str(error.value) for name, size in sizes.items())
 
@@ -54,6 +55,9 @@ def test_a_mesh_that_does_not_fit_the_devices(sizes: dict[str, int]) -> None:
         ({"microbatches": 4}, "microbatches"),
         ({"repeats": 2}, "repeats"),
         ({"stage": 4, "microbatches": 6}, "microbatches"),
+        ({"stage": 4, "microbatches": -4}, "microbatches"),
+        ({"stage": 0, "microbatches": 2}, "stage"),
+        ({"rules": (Rule("mlp", ()), Rule("mlp", ("tensor",)))}, "rules"),
     ],
 )
 def test_sizes_that_no_mesh_has(sizes: dict[str, int], field: str) -> None:
@@ -124,6 +128,10 @@ def test_a_config_replaces_entries_of_the_table() -> None:
         ({"tensor": 2}, Rule("embed", ("tensor",)), r"embed is gathered for use"),
         ({"fsdp": 2}, Rule("head_dim", ("fsdp",)), r"head_dim cannot be split"),
         ({"context": 2}, Rule("residual", ()), r"must begin with the axes of sequence"),
+        ({"context": 2}, Rule("batch", ("data", "context")), r"batch and residual cannot both be split over context"),
+        ({"tensor": 2}, Rule("batch", ("data", "tensor")), r"batch and residual cannot both be split over tensor"),
+        ({"stage": 2}, Rule("batch", ("data", "stage")), r"batch and layers cannot both be split over stage"),
+        ({"data": 2}, Rule("layers", ("data",)), r"layers is over stage"),
     ],
 )
 def test_rules_that_cannot_work(sizes: dict[str, int], rule: Rule, said: str) -> None:

@@ -34,7 +34,9 @@ def small(*overrides: str) -> Config:
         "train.sequence_length": 256,
         "mesh.fsdp": -1,
     }
-    arguments = [part for key, value in sizes.items() for part in (f"--{key}", str(value))]
+    arguments = [
+        part for key, value in sizes.items() if f"--{key}" not in overrides for part in (f"--{key}", str(value))
+    ]
     return configs.load(str(Path(__file__).parents[2] / "configs" / "llama3_8b.py"), Config, [*arguments, *overrides])
 
 
@@ -87,3 +89,44 @@ def test_one_device_has_no_collectives() -> None:
     devices = topology("v5e:1x1").devices
     step = compile_train_step(small(), devices)
     assert read_program(step.compiled, step.mesh).collectives == ()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "slices", "kinds"),
+    [
+        ({"fsdp": 4, "tensor": 2}, 1, {("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("all-gather", "tensor")}),
+        ({"fsdp": 2, "context": 4}, 1, {("all-gather", "context")}),
+        ({"fsdp": 4, "stage": 2}, 1, {("all-gather", "fsdp"), ("collective-permute", "stage")}),
+        ({"data": 2, "fsdp": 8}, 2, {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")}),
+    ],
+    ids=str,
+)
+def test_every_axis_compiles_with_the_fused_attention(
+    mesh: dict[str, int], slices: int, kinds: set[tuple[str, str]]
+) -> None:
+    sizes = {"mesh.fsdp": 1, "train.sequence_length": 1024, "model.layers": 4, "train.batch_size": 16}
+    sizes |= {f"mesh.{axis}": size for axis, size in mesh.items()}
+    config = small(*(part for key, value in sizes.items() for part in (f"--{key}", str(value))))
+    step = compile_train_step(config, topology("v5e:2x4", slices=slices).devices)
+    program = read_program(step.compiled, step.mesh)
+    assert any("splash_mha_fwd" in kernel.name for kernel in program.kernels)
+    assert any("splash_mha_dkv" in kernel.name for kernel in program.kernels)
+    assert not program.unknown_loops
+    found = {(c.kind, axis) for c in program.collectives for axis in c.axes}
+    assert kinds <= found
+    # In the loops over layers, no gradient of a weight is summed everywhere.
+    summed = [c.bytes for c in program.collectives if c.kind == "all-reduce" and "fsdp" in c.axes and c.times > 1]
+    assert max(summed, default=0) < 256 * 256 * 2
+
+
+def test_what_is_offloaded_lies_on_the_host() -> None:
+    activations = small(
+        "--train.remat", "names", "--train.saved", "attention", "--train.offloaded", "query,feed_forward_up"
+    )
+    moments = small("--train.optimizer_memory", "host")
+    plain, _ = compiled(small())
+    for config in (activations, moments):
+        program, _ = compiled(config)
+        assert plain.memory.host == 0
+        assert program.memory.host > 0
+    assert program.memory.arguments < 0.5 * plain.memory.arguments  # two of three arrays of each parameter are away

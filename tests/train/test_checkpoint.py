@@ -11,7 +11,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from lm.model.config import ModelConfig
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.train import checkpoint
 from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
-from lm.train.config import CheckpointConfig
+from lm.train.config import CheckpointConfig, TrainConfig
 from lm.train.digest import state_digest
 from lm.train.state import abstract_state, init_state
 
@@ -410,18 +410,21 @@ def test_processes_share_the_reading_of_files() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("before", "after", "memory"),
     [
-        ({"stage": 2, "repeats": 2}, {"fsdp": 4}),
-        ({"fsdp": 4}, {"stage": 2, "repeats": 2}),
-        ({"stage": 2, "repeats": 4}, {"stage": 4, "repeats": 2, "fsdp": 2}),
+        ({"stage": 2, "repeats": 2}, {"fsdp": 4}, "device"),
+        ({"fsdp": 4}, {"stage": 2, "repeats": 2}, "host"),
+        ({"stage": 2, "repeats": 4}, {"stage": 4, "repeats": 2, "fsdp": 2}, "device"),
     ],
     ids=str,
 )
-def test_a_pipeline_is_restored_as_another_one(before: dict[str, int], after: dict[str, int], tmp_path: Path) -> None:
+def test_a_pipeline_is_restored_as_another_one(
+    before: dict[str, int], after: dict[str, int], memory: Literal["device", "host"], tmp_path: Path
+) -> None:
     def abstract(sizes: dict[str, int]) -> Any:
         config = Config(
             model=ModelConfig(vocab_size=32, layers=8, width=16, heads=2),
+            train=TrainConfig(optimizer_memory=memory),
             mesh=MeshConfig(**({"fsdp": 1} | sizes)),
         )
         mesh = make_mesh(config.mesh, jax.devices()[: math.prod(config.mesh.sizes.values())])

@@ -53,6 +53,14 @@ def test_lanes_are_those_of_the_reference(name: str) -> None:
     assert (leaf.shape, leaf.dtype) == (x.shape, x.dtype.name)
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_arrays_may_lie_in_the_memory_of_the_host(devices: int) -> None:
+    mesh = jax.make_mesh((devices,), ("a",), devices=jax.devices()[:devices])
+    x = jnp.linspace(-3, 3, 16).reshape(4, 4)
+    there = jax.device_put(x, jax.NamedSharding(mesh, jax.P("a"), memory_kind="pinned_host"))
+    assert state_digest({"a": there, "b": x}).digest == state_digest({"a": x, "b": x}).digest
+
+
 def test_64_bit_elements_are_two_words() -> None:
     with jax.enable_x64(True):
         x = jnp.array([1.5, -2.25, np.nan], jnp.float64)

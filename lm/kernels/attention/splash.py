@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 LANES = 128
 """Blocks are multiples of it, and so is the length of the sequence."""
 LARGEST_QUERIES, LARGEST_KEYS = 1024, 2048
-"""Of a tile. The backward pass writes and adds up a gradient of the queries for each tile of keys, so few of them are
-better; more queries do not fit the vector memory of every chip."""
+"""Of a tile. Smaller ones leave out more of what the mask hides; but the backward pass writes and adds up a gradient of
+the queries for each tile of keys, so for it few are better. More do not fit the vector memory of every chip."""
 NAME = "attention"
 """Under which the result, and what its backward pass needs, can be saved by a remat policy."""
 
@@ -49,15 +49,15 @@ def block_sizes(queries: int, keys: int, window: int, head_dim: int = 128) -> sp
     limit = max(LANES * 2, _power_of_two(window)) if window else max(queries, keys)
     wide = 1 if head_dim <= LANES else 2
     block_q = _divisor(queries, min(limit, LARGEST_QUERIES // wide))
-    block_kv = _divisor(keys, min(limit, LARGEST_KEYS // wide))
-    compute = _divisor(block_kv, 512)
+    block_kv = _divisor(keys, min(limit, LARGEST_QUERIES // wide))
+    block_kv_dkv = _divisor(keys, min(limit, LARGEST_KEYS // wide))
     return splash_attention.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
-        block_kv_compute=compute,
+        block_kv_compute=_divisor(block_kv, 512),
         block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_kv_dkv_compute=compute,
+        block_kv_dkv=block_kv_dkv,
+        block_kv_dkv_compute=_divisor(block_kv_dkv, 512),
         use_fused_bwd_kernel=True,
     )
 
