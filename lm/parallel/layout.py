@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lm.parallel.mesh import AnyMesh, MeshConfig
 from lm.parallel.sharding import check_table, rules, split_axes
@@ -228,9 +228,9 @@ def layout_of(config: MeshConfig, mesh: AnyMesh, *, reduce_dtype: str = "float32
     return Layout(
         axes=tuple((name, over) for name, over in axes.items() if over),
         sizes=tuple((axis, size) for axis, size in mesh.shape.items() if size > 1),
-        platform=mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "cpu",
+        platform="cpu" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform,
         reduce_dtype=reduce_dtype,
-        lines=_lines(mesh) if isinstance(mesh, Mesh) else (),
+        lines=() if isinstance(mesh, AbstractMesh) else _lines(mesh),
         microbatches=config.pipeline_microbatches,
         repeats=config.repeats,
     )
