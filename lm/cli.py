@@ -121,6 +121,14 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--scores", action="store_true", help="probability and entropy of each token")
     verb.add_argument("--threshold", type=float, default=0.1, help="with --scores: mark tokens less likely than this")
 
+    verb = add(verbs, "plan", _plan, "what training would cost on a TPU slice that is not here", overrides=True)
+    verb.add_argument("config", metavar="CONFIG")
+    verb.add_argument("--topology", required=True, metavar="NAME", help="chip and sides of a slice, as v5p:4x4x4")
+    verb.add_argument("--slices", type=int, default=1, metavar="N")
+    verb.add_argument("--tokens", type=float, metavar="T", help="to train on; default: what the config says")
+    verb.add_argument("--price", type=float, metavar="DOLLARS", help="of one chip for an hour")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+
     configs = add_group("config", "look at configs")
     verb = add(configs, "show", _config_show, "all values, and what each parameter gets", overrides=True)
     verb.add_argument("config", metavar="CONFIG")
@@ -235,6 +243,15 @@ def _prompts(options: argparse.Namespace) -> list[str]:
             return [*options.prompt, file.read()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the prompt in {options.prompt_file}: {error}") from error
+
+
+def _plan(options: argparse.Namespace) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # whatever is here, it is not what is planned for
+    config = _load(options)
+    from lm.plan.report import plan, print_plan
+
+    found = plan(config, options.topology, slices=options.slices, tokens=options.tokens, price=options.price)
+    print_plan(found, as_object=options.json)
 
 
 def _config_show(options: argparse.Namespace) -> None:
