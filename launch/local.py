@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -116,12 +117,21 @@ def _signal(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _copy(index: int, source: IO[bytes], target: IO[bytes], mutex: threading.Lock) -> None:
+    noise = False
     for line in source:
-        if line.startswith(b"[Gloo] Rank ") or b"connected peer ranks is" in line:
-            continue  # what the collectives on CPU say of each connection
+        # Two threads may break each other's lines: then a part of one, perhaps a number alone, is a line.
+        noise = _NOISE.fullmatch(line) is not None and (noise or line.strip(b" \n0123456789") != b"")
+        if noise:
+            continue
         with mutex, contextlib.suppress(OSError, ValueError):  # a reader that went away ends no run
             target.write(f"[{index}] ".encode() + line.rstrip(b"\n") + b"\n")
             target.flush()
+
+
+_NOISE = re.compile(
+    rb"(\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|[\d ])*\s*"
+)
+"""What the collectives on CPU say of each connection."""
 
 
 def environment(index: int, count: int, devices: int, port: int) -> dict[str, str]:

@@ -21,7 +21,7 @@ LAYERS: dict[str, set[str]] = {
     "generate": {"parallel", "model", "kernels", "data", "config", "errors"},
     "experiment": {"model", "data", "optim", "parallel", "train.config", "config", "errors"},
     "train": {"experiment", "generate", "parallel", "model", "data", "optim", "config", "errors"},
-    "plan": {"train", "experiment", "parallel", "model", "optim", "data", "config", "errors"},
+    "plan": {"kernels", "train", "experiment", "parallel", "model", "optim", "data", "config", "errors"},
     "evaluate": {"train", "experiment", "generate", "parallel", "model", "data", "config", "errors"},
 }
 """What each part of lm may import, itself aside; cli may import everything."""

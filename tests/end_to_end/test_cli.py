@@ -194,6 +194,7 @@ def test_help_is_there_for_every_verb(lm: Lm, capsys: pytest.CaptureFixture[str]
         "train",
         "eval",
         "generate",
+        "plan",
         "config show",
         "config diff",
         "data build",
