@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,6 +45,21 @@ PATIENCE_SECONDS = 10.0
 
 # Orbax logs a page for each failure that it also raises; what is raised is reported here in a line.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+
+
+def _silence_late_writes(before: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    """When one file of a save cannot be written, Orbax stops waiting for the others. Each of these then finds its event
+    loop closed and says so from a thread of its own, in the middle of whatever is printed."""
+
+    def hook(problem: Any) -> None:
+        first = problem.exc_traceback and problem.exc_traceback.tb_frame.f_code.co_name
+        if not (str(problem.exc_value) == "Event loop is closed" and first == "call_soon_threadsafe"):
+            before(problem)
+
+    sys.unraisablehook = hook
+
+
+_silence_late_writes()
 
 
 @dataclass(frozen=True)

@@ -283,7 +283,7 @@ def test_an_error_in_one_ends_all(how: str, code: int, said: str, place: Place) 
 def test_a_save_that_fails_in_one_fails_in_all_and_the_run_goes_on(place: Place, two: Path) -> None:
     command = ("train", "tiny.py", "--run.dir", "unsaved")
     ended = place.launch(2, 2, *command, program=PROGRAM, SMALL_FILES="1")
-    assert "lm:" not in ended.stderr  # what a library says of its threads at the very end aside
+    assert ended.stderr == ""
     said = f"checkpoint unsaved/checkpoints/6 was not saved: process 1 on {socket.gethostname()}: "
     (line,) = [line for line in ended.stdout.splitlines() if said in line]
     assert "; the run goes on" in line

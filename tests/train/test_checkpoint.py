@@ -443,3 +443,38 @@ def test_a_pipeline_is_restored_as_another_one(
     ):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (expected.shape, expected.dtype, expected.sharding)
         np.testing.assert_array_equal(np.asarray(leaf).reshape(-1), np.asarray(original).reshape(-1))
+
+
+LATE_WRITE = """
+import asyncio, threading
+import tensorstore
+import lm.train.checkpoint
+
+async def save(late):
+    async def fails():
+        raise OSError("full disk")
+    async def waits():
+        await late
+    await asyncio.gather(waits(), fails())
+
+promise, late = tensorstore.Promise.new()
+loop = asyncio.new_event_loop()
+try:
+    loop.run_until_complete(save(late))
+except OSError:
+    loop.close()
+thread = threading.Thread(target=lambda: promise.set_result(1))
+thread.start()
+thread.join()
+
+class Other:
+    def __del__(self):
+        raise RuntimeError("something else")
+Other()
+"""
+
+
+def test_writes_that_end_after_a_failed_save_are_silent_and_nothing_else_is() -> None:
+    ended = subprocess.run([sys.executable, "-c", LATE_WRITE], capture_output=True, text=True, check=True)
+    assert "Event loop is closed" not in ended.stderr
+    assert "something else" in ended.stderr
