@@ -52,12 +52,12 @@ from lm.data.plan import (
 )
 from lm.data.records import Shard, ShardWriter
 from lm.data.sources import File, Piece
-from lm.data.splits import Tally, holdout_below, split_pieces, text_hash
-from lm.data.tokenizers import FILE_NAMES, Tokenizer, chunks, load_tokenizer, train_sentencepiece
+from lm.data.splits import Tally, holdout_below, split_pieces
+from lm.data.tokenizers import FILE_NAMES, Tokenizer, load_tokenizer
+from lm.data.vocabulary import make_tokenizer
 from lm.errors import DataError
 
 _BATCH_BYTES = 4 << 20  # of text that is in memory at once in each process, whatever the input
-_SAMPLE_CHARACTERS = 4096
 
 
 def build(config: DataConfig, directory: epath.PathLike, progress: Callable[[str], None]) -> Manifest:
@@ -128,7 +128,7 @@ def _build(config: DataConfig, folder: epath.Path, listed: list[File], progress:
     if begun and path.exists():
         tokenizer = _kept_tokenizer(config, folder)
     else:
-        tokenizer = _new_tokenizer(config, plan, progress)
+        tokenizer = make_tokenizer(config, parts, plan.holdout_below, progress)
         files.write_atomically(path, tokenizer.serialize())
     _build_parts(config, folder, plan, tokenizer, progress)
     for abandoned in folder.glob("*.tmp"):  # by builds that were killed
@@ -177,18 +177,6 @@ def build_part(job: Job) -> dict[str, Any]:
     return record
 
 
-def _new_tokenizer(config: DataConfig, plan: Plan, progress: Callable[[str], None]) -> Tokenizer:
-    wanted = config.tokenizer
-    if wanted.kind != "sentencepiece" or wanted.path is not None:
-        return load_tokenizer(wanted.kind, wanted.path or b"")
-    progress("training the tokenizer")
-    sample = list(_sample(config, plan))
-    tokenizer = train_sentencepiece(sample, model_type=wanted.model_type, vocab_size=wanted.vocab_size)
-    if tokenizer.vocab_size < wanted.vocab_size and wanted.model_type != "char":
-        progress(f"the text supports a vocabulary of {tokenizer.vocab_size}, not {wanted.vocab_size}")
-    return tokenizer
-
-
 def _kept_tokenizer(config: DataConfig, folder: epath.Path) -> Tokenizer:
     """The tokenizer in the directory. Raises DataError if the file that it was taken from is another now."""
     wanted = config.tokenizer
@@ -203,23 +191,6 @@ def _kept_tokenizer(config: DataConfig, folder: epath.Path) -> Tokenizer:
             f"{wanted.path}: changed since {folder} was built with it; choose another data.dir or delete that directory"
         )
     return kept
-
-
-def _sample(config: DataConfig, plan: Plan) -> Iterator[str]:
-    """About `training_bytes` of training text in short stretches, chosen by hash, from every part."""
-    share = config.tokenizer.training_bytes / max(1, sum(p.stop - p.start for part in plan.parts for p in part))
-    # Of huge inputs only the first sixteenth that yields enough is read, part by part.
-    below = int(min(1.0, max(share, 1 / 16)) * 2**64)
-    for part in plan.parts:
-        left = share * sum(piece.stop - piece.start for piece in part)
-        for split, _, text, _ in split_pieces(part, config, plan.holdout_below, Tally()):
-            if left <= 0 and share < 1:
-                break
-            for stretch in chunks(text, _SAMPLE_CHARACTERS) if split == "train" else ():
-                raw = stretch.encode()
-                if share >= 1 or text_hash(raw) < below:
-                    left -= len(raw)
-                    yield stretch
 
 
 def _build_parts(

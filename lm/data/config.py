@@ -7,13 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+_FILES = {
+    "huggingface": "tokenizer.json",
+    "gpt2": "folder with vocab.json and merges.txt",
+    "llama3": "tokenizer.model of Llama 3",
+}
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """Which tokenizer; without `path`, a sentencepiece model is trained on the training documents."""
 
-    kind: Literal["bytes", "sentencepiece", "huggingface"] = "sentencepiece"
+    kind: Literal["bytes", "sentencepiece", "huggingface", "gpt2", "llama3"] = "sentencepiece"
     path: str | None = None
+    """Of its file: for `huggingface` a tokenizer.json, for `llama3` a tokenizer.model; for `gpt2` its folder."""
     model_type: Literal["bpe", "unigram", "char"] = "bpe"
     """What is trained: `char` has one token for each character of the training text."""
     vocab_size: int = 8192
@@ -25,8 +32,8 @@ class TokenizerConfig:
         """Yields (field, problem) for values that cannot work."""
         if self.kind == "bytes" and self.path is not None:
             yield "path", "the bytes tokenizer has no file; leave it None or choose another kind"
-        if self.kind == "huggingface" and self.path is None:
-            yield "path", "must name a tokenizer.json: only sentencepiece models are trained here"
+        if self.kind in _FILES and self.path is None:
+            yield "path", f"must name a {_FILES[self.kind]}: only sentencepiece models are trained here"
         if self.vocab_size < 4:
             yield "vocab_size", f"must be at least 4, got {self.vocab_size}"
         if self.training_bytes < 1:

@@ -1,17 +1,27 @@
-"""Small data directories to read from."""
+"""Small data directories to read from, and a small tokenizer of each kind."""
 
+import base64
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers as hf
 from etils import epath
 
 from lm.data import records, stream
 from lm.data.files import write_json
 from lm.data.manifest import FILE, Manifest, TokenizerRecord
 from lm.data.records import Shard, ShardWriter
-from lm.data.tokenizers import BytesTokenizer
+from lm.data.tokenizers import (
+    BytesTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
+from lm.data.tokenizers.byte_level import byte_level_bytes
 
 Documents = Sequence[np.ndarray]
 
@@ -47,3 +57,75 @@ def write_data(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def code() -> list[str]:
+    """Text to train small tokenizers on."""
+    return [
+        f"def function_{i}(argument, other):\n    if argument > {i}:\n        return other[{i}]\n\n" for i in range(50)
+    ]
+
+
+@pytest.fixture(scope="session")
+def bpe(code: list[str]) -> SentencePieceTokenizer:
+    return train_sentencepiece(code, model_type="bpe", vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def unigram(code: list[str]) -> SentencePieceTokenizer:
+    return train_sentencepiece(code, model_type="unigram", vocab_size=320)
+
+
+@pytest.fixture(scope="session")
+def library_model(code: list[str]) -> hf.Tokenizer:
+    """Byte-level BPE by the tokenizers library, split as GPT-2 does."""
+    model = hf.Tokenizer(hf.models.BPE())
+    model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = hf.decoders.ByteLevel()
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(code, trainer)
+    return model
+
+
+@pytest.fixture(scope="session")
+def byte_level(library_model: hf.Tokenizer) -> HuggingFaceTokenizer:
+    model = hf.Tokenizer.from_str(library_model.to_str())
+    model.add_tokens(["    "])
+    return HuggingFaceTokenizer(model.to_str().encode())
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(library_model: hf.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vocab.json and merges.txt, as the library writes them."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    library_model.model.save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama3_file(library_model: hf.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same vocabulary as ranks."""
+    pieces = sorted(library_model.get_vocab(), key=library_model.get_vocab().__getitem__)
+    words = [byte_level_bytes(piece, "") for piece in pieces if piece != "<|endoftext|>"]
+    path = tmp_path_factory.mktemp("llama3") / "tokenizer.model"
+    path.write_bytes(b"".join(base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(words)))
+    return path
+
+
+@pytest.fixture(params=["bytes", "bpe", "unigram", "byte_level", "gpt2", "llama3"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    match request.param:
+        case "bytes":
+            return BytesTokenizer()
+        case "gpt2":
+            return load_tokenizer("gpt2", request.getfixturevalue("gpt2_folder"))
+        case "llama3":
+            return load_tokenizer("llama3", request.getfixturevalue("llama3_file"))
+        case fixture:
+            return request.getfixturevalue(fixture)

@@ -20,7 +20,7 @@ import pytest
 from etils import epath
 
 from lm.data import build as build_module
-from lm.data import plan, sources
+from lm.data import plan, sources, vocabulary
 from lm.data.build import build
 from lm.data.config import DataConfig, TokenizerConfig
 from lm.data.files import sole_writer
@@ -190,13 +190,13 @@ def test_tokenizer_sample_is_spread_and_bounded(tmp_path: Path, monkeypatch: pyt
         (tmp_path / f"{i}.txt").write_text("".join(f"file {i} line {j}\n" for j in range(2000)))
     config = DataConfig((str(tmp_path),), tokenizer=TokenizerConfig(training_bytes=80_000, vocab_size=300))
     samples: list[list[str]] = []
-    train = build_module.train_sentencepiece
+    train = vocabulary.train_sentencepiece
 
     def spy(texts, **options):
         samples.append(texts)
         return train(texts, **options)
 
-    monkeypatch.setattr(build_module, "train_sentencepiece", spy)
+    monkeypatch.setattr(vocabulary, "train_sentencepiece", spy)
     build(config, tmp_path / ".a", quiet)
     build(config, tmp_path / ".b", quiet)
     assert samples[0] == samples[1]

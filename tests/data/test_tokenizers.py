@@ -1,24 +1,14 @@
+"""What holds for every kind of tokenizer: any text comes back, and a stored one is the same."""
+
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
-import tokenizers as hf
 
-from lm.data.tokenizers import (
-    BytesTokenizer,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    chunks,
-    load_tokenizer,
-    train_sentencepiece,
-)
-from lm.errors import DataError
+from lm.data.tokenizers import BytesTokenizer, Tokenizer, chunks, load_tokenizer
 
-TEXT = [f"def function_{i}(argument, other):\n    if argument > {i}:\n        return other[{i}]\n\n" for i in range(50)]
+TEXT = "def function(argument, other):\n    if argument > 7:\n        return other[7]\n\n"
 
 NASTY = [
     "",
@@ -37,6 +27,27 @@ NASTY = [
     "日本語 中文 한국어 العربية עברית हिन्दी ไทย Ελληνικά",
     "\x01\x1f\x7f\x80\x85\u2028\u2029\u200b\u200e\uffff\U0010ffff",
     "a" * 5000 + " " * 5000 + "é" * 5000,
+    "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)])),
+    "e\u0301 \u00e9 o\u0308\u0304 Z\u0351\u036b\u0343 \u1ea1\u0302 \u0301begins",
+    "Καλημέρα κόσμε; ὦ ἄνδρες Ἀθηναῖοι, ΣΊΣΥΦΟΣ σίσυφος",
+    "Съешь ещё этих мягких французских булок, Ђорђе Ґава",
+    "السَّلَامُ عَلَيْكُم ـــ لا ﷽ \u0661\u0662\u0663",
+    "שָׁלוֹם עוֹלָם \u200fa\u200e \u202bembedded\u202c \u2067isolated\u2069",
+    "नमस्ते दुनिया क्षत्रिय श्री र्\u200dय क्\u200cष",
+    "สวัสดีชาวโลก น้ำ เก้าอี้",
+    "世界，你好！𠀀𪚥 龘 \u3400 \u2ff0",
+    "こんにちは　世界 カタカナ ﾊﾝｶｸ が か\u3099",
+    "안녕하세요 \u1112\u1161\u11ab\u1100\u1173\u11af ㅋㅋㅋ",
+    "வணக்கம் உலகம் க்ஷௌ",
+    "🏳️‍🌈 👩🏽‍🚀 👨‍👩‍👧‍👦 ☺︎☺️ 5️⃣ 🏴\U000e0067\U000e0062\U000e007f 👋🏿",
+    "\ue000\uf8ff\U000f0000\U00100000 private, unassigned \u0378\U0003ffff, nonchars \ufdd0\ufffe\U0001fffe",
+    "\ufffd \ufffc \ufff9a\ufffab\ufffb \u00ad \u034f \u2060 \ufe00 \U000e0100",
+    "\r\n\r\n \r \n\r\t\v\f\u00a0\u2003\u3000 x \r\n",
+    "ſ İ ı ß ẞ ǆ K Å Ω ŉ",
+    "I'm, I'M, we'Ll, it'ſ 1234567 ½²³ Ⅻ ٣٤",
+    "<0xE2><0x96><0x81> <pad> [CLS] <|begin_of_text|><|reserved_special_token_0|>",
+    "x" * 30_000,
+    "\u2581" * 300 + " " * 300 + "\0" * 300,
 ]
 
 
@@ -45,32 +56,6 @@ def random_texts(seed: int, count: int) -> list[str]:
     alphabets = ["ab \n", " \t\n\u2581", "".join(map(chr, range(0x250))), "日本😀\0\u2585x "]
     wide = "".join(chr(draw.choice([draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)])) for _ in range(64))
     return ["".join(draw.choices(draw.choice([*alphabets, wide]), k=draw.randrange(200))) for _ in range(count)]
-
-
-@pytest.fixture(scope="module")
-def trained() -> SentencePieceTokenizer:
-    return train_sentencepiece(TEXT, model_type="bpe", vocab_size=400)
-
-
-@pytest.fixture(scope="module")
-def byte_level() -> HuggingFaceTokenizer:
-    model = hf.Tokenizer(hf.models.BPE())
-    model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = hf.decoders.ByteLevel()
-    trainer = hf.trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator(TEXT, trainer)
-    model.add_tokens(["    "])
-    return HuggingFaceTokenizer(model.to_str().encode())
-
-
-@pytest.fixture(params=["bytes", "trained", "byte_level"])
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return BytesTokenizer() if request.param == "bytes" else request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
@@ -91,8 +76,13 @@ def test_round_trip_of_random_text(tokenizer: Tokenizer) -> None:
 
 
 def test_lone_surrogates_become_replacement_characters(tokenizer: Tokenizer) -> None:
-    assert tokenizer.decode(tokenizer.encode("a\ud800b\udfff")) == "a\ufffdb\ufffd"
-    assert tokenizer.decode(tokenizer.encode("\ud83d\ude00")) == "😀"
+    for text, expected in (
+        ("a\ud800b\udfff", "a\ufffdb\ufffd"),
+        ("\ud83d\ude00", "😀"),
+        ("\ude00\ud83d", "\ufffd\ufffd"),
+        ("\ud83d\ud83d\ude00 \udc80", "\ufffd😀 \ufffd"),
+    ):
+        assert tokenizer.decode(tokenizer.encode(text)) == expected
 
 
 def test_stream_yields_whole_characters_only(tokenizer: Tokenizer) -> None:
@@ -114,117 +104,22 @@ def test_ids_that_are_no_text_decode_without_error(tokenizer: Tokenizer) -> None
     assert all(tokenizer.piece(i) for i in everything)
 
 
+def test_text_that_spells_a_special_token_stays_text(tokenizer: Tokenizer) -> None:
+    for special in {tokenizer.bos_id, tokenizer.eos_id}:
+        text = f"a{tokenizer.piece(special)}b"
+        ids = tokenizer.encode(text)
+        assert special not in ids
+        assert tokenizer.decode(ids) == text
+
+
 def test_serialised_and_loaded_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / tokenizer.file_name
     path.write_bytes(tokenizer.serialize())
     for source in (tokenizer.serialize(), path):
         again = load_tokenizer(tokenizer.kind, source)
         assert again.fingerprint == tokenizer.fingerprint
-        assert again.encode(TEXT[0]).tolist() == tokenizer.encode(TEXT[0]).tolist()
+        assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
         assert (again.bos_id, again.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
-
-
-def test_training_is_deterministic_and_fingerprints_differ(trained: SentencePieceTokenizer) -> None:
-    again = train_sentencepiece(TEXT, model_type="bpe", vocab_size=400)
-    other = train_sentencepiece(TEXT, model_type="bpe", vocab_size=360)
-    assert again.fingerprint == trained.fingerprint
-    assert len({trained.fingerprint, other.fingerprint, BytesTokenizer().fingerprint}) == 3
-
-
-def test_learns_pieces_across_newlines(trained: SentencePieceTokenizer) -> None:
-    pieces = [trained.piece(i) for i in range(trained.vocab_size)]
-    assert any("\n" in piece and len(piece) > 1 for piece in pieces)
-    assert "\t" in pieces
-
-
-def test_unigram_round_trip() -> None:
-    unigram = train_sentencepiece(TEXT, model_type="unigram", vocab_size=320)
-    for text in NASTY:
-        assert unigram.decode(unigram.encode(text)) == text
-
-
-def test_characters() -> None:
-    alphabet = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-    assert len(alphabet) == 65
-    tokenizer = train_sentencepiece([alphabet * 2], model_type="char", vocab_size=8192)
-    assert tokenizer.vocab_size == 65 + 3
-    for text in (alphabet, "A  B\n\n  C", " "):
-        assert len(tokenizer.encode(text)) == len(text)
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert len(tokenizer.encode("aéb")) == 3
-    with_tab = train_sentencepiece(["a\tb"], model_type="char", vocab_size=10)
-    assert with_tab.decode(with_tab.encode("\tab\t")) == "\tab\t"
-
-
-def test_vocabulary_too_large_or_too_small() -> None:
-    largest = train_sentencepiece(["hello world"], model_type="bpe", vocab_size=50_000)
-    assert 256 < largest.vocab_size < 400
-    assert largest.decode(largest.encode("hello\nworld")) == "hello\nworld"
-    with pytest.raises(DataError, match=r"vocab_size 100 is too small.*choose \d+ or more"):
-        train_sentencepiece(TEXT, model_type="bpe", vocab_size=100)
-    with pytest.raises(DataError, match="no text"):
-        train_sentencepiece(["", "\t"], model_type="bpe", vocab_size=1000)
-
-
-def test_published_models_keep_their_own_rules(tmp_path: Path) -> None:
-    """A model that puts a space before the text, like Llama's: same ids as the library, same text back."""
-    prefix = str(tmp_path / "m")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in TEXT for line in text.split("\n") if line]),
-        model_prefix=prefix,
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        minloglevel=2,
-    )
-    library = sentencepiece.SentencePieceProcessor(model_file=prefix + ".model")
-    tokenizer = load_tokenizer("sentencepiece", prefix + ".model")
-    text = "return other, or " * 400
-    assert tokenizer.encode(text).tolist() == library.encode(text)
-    assert tokenizer.decode(tokenizer.encode("return other")) == "return other"
-
-
-def test_text_that_spells_a_special_token_stays_text(byte_level: HuggingFaceTokenizer) -> None:
-    ids = byte_level.encode("a<|endoftext|>b")
-    assert byte_level.eos_id not in ids
-    assert byte_level.decode(ids) == "a<|endoftext|>b"
-    assert byte_level.bos_id == byte_level.eos_id
-    assert byte_level.piece(byte_level.eos_id) == "<|endoftext|>"
-
-
-def test_hugging_face_with_byte_fallback() -> None:
-    pieces = ["<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "a", "b", "\u2581a"]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    model = hf.Tokenizer(hf.models.BPE(vocab, [("\u2581", "a")], byte_fallback=True))
-    model.normalizer = hf.normalizers.Sequence(
-        [hf.normalizers.Prepend("\u2581"), hf.normalizers.Replace(" ", "\u2581")]
-    )
-    model.decoder = hf.decoders.Sequence([hf.decoders.Replace("\u2581", " "), hf.decoders.ByteFallback()])
-    model.add_special_tokens(["<s>", "</s>"])
-    tokenizer = HuggingFaceTokenizer(model.to_str().encode())
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
-    assert tokenizer.decode(tokenizer.encode("ab a 😀")) == "ab a 😀"
-
-
-def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(DataError, match=r"pip install 'lm\[huggingface\]'"):
-        load_tokenizer("huggingface", b"{}")
-
-
-def test_bad_files(tmp_path: Path) -> None:
-    bad = tmp_path / "bad.model"
-    bad.write_bytes(b"not a model")
-    for kind in ("sentencepiece", "huggingface"):
-        with pytest.raises(DataError, match=r"bad\.model: not a"):
-            load_tokenizer(kind, bad)
-    with pytest.raises(DataError, match=r"missing\.model: cannot read"):
-        load_tokenizer("sentencepiece", tmp_path / "missing.model")
-    with pytest.raises(DataError, match="unknown kind"):
-        load_tokenizer("morse", b"")
-    words = hf.Tokenizer(hf.models.WordLevel({"a": 0, "<s>": 1}, "a"))
-    with pytest.raises(DataError, match="only byte-level"):
-        load_tokenizer("huggingface", words.to_str().encode())
 
 
 def test_chunks_prefer_newlines_and_lose_nothing() -> None:
