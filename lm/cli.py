@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 from lm.errors import ConfigError, DataError, LmError, Stopped
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from lm.experiment import Config
+    from lm.train.forecast import Expected
 
 ABOUT = "Pretrains decoder-only transformer language models."
 EPILOG = """\
@@ -127,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--slices", type=int, default=1, metavar="N")
     verb.add_argument("--tokens", type=float, metavar="T", help="to train on; default: what the config says")
     verb.add_argument("--price", type=float, metavar="DOLLARS", help="of one chip for an hour")
+    verb.add_argument("--search", action="store_true", help="find the best mesh, accumulation, remat and offload")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
     configs = add_group("config", "look at configs")
@@ -142,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     data = add_group("data", "build and look at training data")
     verb = add(data, "build", _data_build, "tokenize the sources of a config", overrides=True)
     verb.add_argument("config", metavar="CONFIG")
+    verb = add(data, "tokenizer", _data_tokenizer, "train or load a config's tokenizer, and measure it", overrides=True)
+    verb.add_argument("config", metavar="CONFIG")
+    verb.add_argument("--out", metavar="FILE", help="write it there")
     verb = add(data, "show", _data_show, "the text of the batch of any step", overrides=True)
     verb.add_argument("config", metavar="RUN_OR_CONFIG")
     verb.add_argument("--step", type=int, required=True, metavar="K", help="counted from 0, as in metrics.jsonl")
@@ -170,7 +177,13 @@ def _train(options: argparse.Namespace) -> None:
     with joined(configs.leaves(config)) as processes:
         from lm.train.loop import train
 
-        train(config, stream=sys.stdout, processes=processes)
+        train(config, stream=sys.stdout, processes=processes, expect=_expect)
+
+
+def _expect(config: "Config", mesh: "Mesh") -> "Expected | None":
+    from lm.plan.expected import expect
+
+    return expect(config, mesh)
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -248,10 +261,25 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 def _plan(options: argparse.Namespace) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # whatever is here, it is not what is planned for
     config = _load(options)
-    from lm.plan.report import plan, print_plan
+    from lm.plan.plan import plan
+    from lm.plan.report import print_plan
 
+    if options.search:
+        _search(options, config)
+        return
     found = plan(config, options.topology, slices=options.slices, tokens=options.tokens, price=options.price)
     print_plan(found, as_object=options.json)
+
+
+def _search(options: argparse.Namespace, config: "Config") -> None:
+    from lm.plan.search import search_on
+    from lm.plan.search_report import print_search
+
+    found = search_on(config, options.topology, slices=options.slices, tokens=options.tokens, price=options.price)
+    print_search(found, config, as_object=options.json)
+    if found.interrupted:  # the compiler goes on in its thread, and cannot be told to stop
+        sys.stdout.flush()
+        os._exit(130)
 
 
 def _config_show(options: argparse.Namespace) -> None:
@@ -288,6 +316,18 @@ def _data_build(options: argparse.Namespace) -> None:
 
     config = _load(options)
     build(config.data, config.data_dir, print)
+
+
+def _data_tokenizer(options: argparse.Namespace) -> None:
+    from etils import epath
+
+    from lm.data.fertility import report
+    from lm.data.files import write_atomically
+
+    tokenizer = report(_load(options).data, print)
+    if options.out is not None:
+        write_atomically(epath.Path(options.out), tokenizer.serialize())
+        print(f"written to {options.out}")
 
 
 def _data_show(options: argparse.Namespace) -> None:

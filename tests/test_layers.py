@@ -11,17 +11,18 @@ ROOT = Path(__file__).parent.parent / "lm"
 
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
+    "chips": set(),
     "fields": {"errors"},
     "config": {"errors", "fields"},
     "kernels": set(),
-    "model": {"kernels", "parallel", "config", "errors"},
+    "model": {"chips", "kernels", "parallel", "config", "errors"},
     "data": {"config", "errors"},
     "optim": {"config", "errors"},
     "parallel": {"config", "errors"},
     "generate": {"parallel", "model", "kernels", "data", "config", "errors"},
     "experiment": {"model", "data", "optim", "parallel", "train.config", "config", "errors"},
     "train": {"experiment", "generate", "parallel", "model", "data", "optim", "config", "errors"},
-    "plan": {"kernels", "train", "experiment", "parallel", "model", "optim", "data", "config", "errors"},
+    "plan": {"chips", "kernels", "train", "experiment", "parallel", "model", "optim", "data", "config", "errors"},
     "evaluate": {"train", "experiment", "generate", "parallel", "model", "data", "config", "errors"},
 }
 """What each part of lm may import, itself aside; cli may import everything."""

@@ -1,14 +1,16 @@
-"""Model FLOPs per token of training, counted three ways, and the peak rates of chips.
+"""Model FLOPs per token of training, counted three ways, and the peak rate of a device.
 
 A product of [m, k] and [k, n] counts 2 m k n; the backward pass costs twice the forward pass; recomputation
 (remat) never counts. MFU is always the causal count over the peak for dense bfloat16.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 
+from lm.chips import chip_of
 from lm.model.config import ModelConfig
 from lm.model.transformer import abstract_params
 
@@ -29,6 +31,7 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
+@functools.cache
 def flops_per_token(config: ModelConfig, sequence_length: int) -> Flops:
     """Counts for sequences of one document of `sequence_length` tokens."""
     d, width = config.width, config.head_width
@@ -57,26 +60,7 @@ def _mean_visible(window: int, length: int) -> float:
     return window - window * window / (2 * length)
 
 
-_PEAK_TFLOPS = {
-    # jax device_kind: dense bfloat16 TFLOP/s of one jax device, from the makers' data sheets.
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5": 459.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-    "TPU7x": 1153.5,  # two devices to a chip of 2307
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA H200": 989.0,
-    "NVIDIA B200": 2250.0,
-}
-
-
 def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bfloat16 FLOP/s of a jax device of this kind; None where it is not known (CPUs)."""
-    tflops = _PEAK_TFLOPS.get(device_kind)
-    return None if tflops is None else tflops * 1e12
+    """Peak dense bfloat16 FLOP/s of one jax device of this kind; None where it is not known (CPUs)."""
+    chip = chip_of(device_kind)
+    return None if chip is None else chip.peak_flops / chip.devices

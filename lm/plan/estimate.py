@@ -1,10 +1,11 @@
 """What a compiled step costs: seconds, memory and what bounds it. A model on top of what the compiler says.
 
-Read from the compiler: bytes of collectives, cycles, FLOPs of products, memory. Published: the rates of the chip.
-Modelled: everything that turns these into seconds, the attention kernels, and the traffic of the memory.
+Read from the compiler: bytes of collectives and of the memory's traffic, cycles, FLOPs of products, memory. Published:
+the rates of the chip. Modelled: everything that turns these into seconds, and the attention kernels.
 """
 
 import dataclasses
+import functools
 import math
 from collections import defaultdict
 from typing import Any
@@ -12,22 +13,24 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from lm.chips import Chip
 from lm.experiment import Config
+from lm.kernels.attention.blocks import blocks
 from lm.kernels.attention.splash import LANES, block_sizes
 from lm.model.config import ModelConfig
-from lm.model.flops import flops_per_token, parameter_count
+from lm.model.flops import flops_per_token
 from lm.parallel.layout import layout_of
 from lm.parallel.mesh import AnyMesh
 from lm.plan.collectives import Collective
+from lm.plan.machine import Spans
 from lm.plan.program import Program
+from lm.plan.rates import rates_of
 from lm.plan.topology import Topology
 from lm.train.state import abstract_state
 
-ATTENTION_EFFICIENCY = 0.35
-"""Share of the peak that attention kernels reach, on the FLOPs of `attention_flops`. The compiler has no cycles for
-them. What a published step of Llama 3.1 8B on v6e leaves for attention makes about a third; elsewhere it is a guess."""
-
 NETWORKS = ("links", "data_center")
+HOST_EXPOSED = 0.25
+"""Share of what goes to the host and back that the step waits for at least: a guess, on the careful side."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,29 +60,38 @@ class Times:
     synchronous: dict[str, float]
     """By network: communication that the program waits for."""
     asynchronous: dict[str, float]
+    host: float = 0.0
+    """To and from the memory of the host."""
 
     @property
     def exposed(self) -> dict[str, float]:
-        """By network: asynchronous communication that products and attention are too short to hide."""
+        """By network, and for the host: what runs beside products and attention, where these are too short for it.
+
+        The host is written to in the forward pass, about a third of them, and read in the backward pass."""
         room = self.products + self.attention
-        return {network: max(0.0, seconds - room) for network, seconds in self.asynchronous.items()}
+        found = {network: max(0.0, seconds - room) for network, seconds in self.asynchronous.items()}
+        one_way = self.host / 2
+        left = max(0.0, one_way - room / 3) + max(0.0, one_way - room * 2 / 3)
+        return found | {"host": max(left, HOST_EXPOSED * self.host)}
 
     @property
     def parts(self) -> dict[str, float]:
         """Seconds that add up to the step, by what bounds them."""
         waiting = {network: self.synchronous[network] + self.exposed[network] for network in NETWORKS}
-        return {"compute": self.products + self.attention, "memory": self.other + self.copies, **waiting}
+        computing = {"compute": self.products + self.attention, "memory": self.other + self.copies}
+        return {**computing, **waiting, "host": self.exposed["host"]}
 
     @property
     def step(self) -> float:
         """The overlap model: what a device computes and copies runs one after the other. Synchronous collectives add
-        to it. Asynchronous ones hide behind products and attention, of each network as much as these take; what is
-        left adds as well. Nothing is hidden behind other operations or copies, and no host ever delays the step."""
+        to it. Asynchronous ones hide behind products and attention, of each network as much as these take, and
+        so does what goes to the host and back; what is left adds as well. Nothing is hidden behind other operations or
+        copies, and the input is always there."""
         return sum(self.parts.values())
 
     @property
     def bound_by(self) -> str:
-        """compute, memory, links or data_center: what takes the most of the step."""
+        """compute, memory, links, data_center or host: what takes the most of the step."""
         return max(self.parts, key=lambda name: self.parts[name])
 
 
@@ -90,11 +102,12 @@ class MemoryUse:
     parameters: int
     optimizer: int
     gradients: int
-    """Modelled: float32, as many as parameters. The compiler may use their place for something else before."""
+    saved: int
+    """Activations that the backward pass reads."""
     rest: int
-    """Activations, what is computed with, the batch and the program."""
+    """What is computed with, the batch and the program."""
     total: int
-    """The compiler's peak."""
+    """What has to fit."""
     capacity: int
     host: int
     """In the memory of the host, for each chip."""
@@ -144,23 +157,34 @@ def estimate(program: Program, config: Config, where: Topology, mesh: Mesh) -> E
     traffic = find_traffic(program, where, mesh)
     hidden = {n: sum(row.asynchronous_seconds for row in traffic if row.network == n) for n in NETWORKS}
     total = {n: sum(row.seconds for row in traffic if row.network == n) for n in NETWORKS}
-    moved = hbm_bytes(config, mesh) * per_chip
+    rates = rates_of(chip)
+    bandwidth = chip.hbm_bandwidth / per_chip
+
+    def seconds(kind: str) -> float:
+        # The compiler's cycles for what is no product are up to five times what its bytes take: on the larger chips
+        # they are the same for bfloat16 as for float32. Copies that run beside products have bytes and no cycles.
+        return min(
+            program.cycles.get(kind, 0) / chip.clock, program.hbm_bytes.get(kind, 0) / (bandwidth * rates.memory)
+        )
+
+    moved = sum(program.hbm_bytes.values())
     return Estimate(
         chips=where.chips,
         tokens=tokens,
         model_flops=flops_per_token(config.model, config.train.sequence_length).causal * tokens,
         product_flops=float(program.product_flops) * per_chip,
         attention_flops=attention * per_chip,
-        hbm_bytes=moved,
-        hbm_seconds=moved / chip.hbm_bandwidth,
+        hbm_bytes=moved * per_chip,
+        hbm_seconds=moved / bandwidth,
         traffic=traffic,
         times=Times(
-            products=program.cycles.get("products", 0) / chip.clock,
-            attention=attention / (chip.peak_flops / per_chip * ATTENTION_EFFICIENCY),
-            other=program.cycles.get("other", 0) / chip.clock,
-            copies=program.cycles.get("copies", 0) / chip.clock,
+            products=program.cycles.get("products", 0) / (chip.clock * rates.sustained),
+            attention=attention / (chip.peak_flops / per_chip * rates.attention),
+            other=seconds("other"),
+            copies=seconds("copies"),
             synchronous={n: total[n] - hidden[n] for n in NETWORKS},
             asynchronous=hidden,
+            host=program.host_bytes / (chip.host_bandwidth / per_chip),
         ),
         peak_flops=chip.peak_flops,
     )
@@ -190,28 +214,32 @@ def find_traffic(program: Program, where: Topology, mesh: Mesh) -> tuple[Traffic
 
 
 def collective_seconds(one: Collective, where: Topology, mesh: Mesh) -> float:
-    """One run at the published rates, without latency.
+    """One run at the published rates, without latency."""
+    spans = _spans(one, where, mesh) if one.network == "links" else []
+    return link_seconds(one.kind, one.bytes, one.wire_bytes, spans, where.chip, one.network)
+
+
+def link_seconds(kind: str, size: float, wire: float, spans: Spans, chip: Chip, network: str) -> float:
+    """A collective of `size` bytes, of which a device sends `wire`, in a group that spans these lines.
 
     On links, rings along every dimension of the torus that the group spans, both ways where its ends are linked; an
     all-to-all takes what has to cross the middle of the longest dimension; a permutation uses one link. Devices of
     one chip share its links.
     """
-    chip = where.chip
-    if one.network == "data_center":
-        return one.wire_bytes / (chip.network_bandwidth / chip.devices)
+    if network == "data_center":
+        return wire / (chip.network_bandwidth / chip.devices)
     link = chip.link_bandwidth / chip.devices
-    if one.kind == "collective-permute":
-        return one.wire_bytes / link
-    spans = _spans(one, where, mesh)
-    if one.kind in ("all-to-all", "ragged-all-to-all"):
+    if kind == "collective-permute" or chip.dimensions == 1:
+        return wire / link
+    if kind in ("all-to-all", "ragged-all-to-all"):
         across = max((size / (8 if ring else 4) for size, ring in spans), default=1 / (2 * chip.dimensions))
-        return one.bytes * across / link
+        return size * across / link
     lanes = sum(2 if ring else 1 for _, ring in spans) or 2 * chip.dimensions
-    return one.wire_bytes / (lanes * link)
+    return wire / (lanes * link)
 
 
-def _spans(one: Collective, where: Topology, mesh: Mesh) -> list[tuple[int, bool]]:
-    """Chips along each dimension of the torus that a group spans, and whether these are a ring; longest first."""
+def _spans(one: Collective, where: Topology, mesh: Mesh) -> Spans:
+    """Of a group, longest first."""
     index = tuple(slice(None) if axis in one.axes else 0 for axis in mesh.axis_names)
     devices = list(mesh.devices[index].flat)
     own = [d for d in devices if getattr(d, "slice_index", 0) == getattr(devices[0], "slice_index", 0)]
@@ -228,13 +256,12 @@ def _spans(one: Collective, where: Topology, mesh: Mesh) -> list[tuple[int, bool
     return spans[: max(needed, 1)]
 
 
-# Attention and memory traffic: models
+# Attention: a model
 
 
 def attention_flops(program: Program, config: Config, mesh: AnyMesh) -> float:
-    """FLOPs of the attention kernels on one device: whole tiles, masked parts included, and heads padded to 128.
+    """FLOPs of the attention kernels on one device, for each run as the program has it, so recomputation counts.
 
-    For each run as the program has it, so recomputation counts. Two products forward, five in the backward kernel.
     Zero where attention is computed without kernels: then it is among the products.
     """
     forward = sum(k.times for k in program.kernels if "splash" in k.name and "_fwd" in k.name)
@@ -245,16 +272,44 @@ def attention_flops(program: Program, config: Config, mesh: AnyMesh) -> float:
     rows = train.batch_size / train.accumulation / layout.parts("batch")
     if layout.stages > 1:
         rows /= layout.microbatches
-    parts, length = layout.parts("sequence"), train.sequence_length
     heads = model.heads / layout.parts("heads") * rows
+    return splash_flops(model, train.sequence_length, layout.parts("sequence"), heads, forward, backward)
+
+
+def splash_flops(model: ModelConfig, length: int, parts: int, heads: float, forward: float, backward: float) -> float:
+    """FLOPs of so many runs of the kernels: whole tiles, masked parts included, and heads padded to 128.
+
+    `heads` are those of all sequences that a device computes at once, each split in `parts`. Two products forward,
+    five in the backward kernel.
+    """
     width = -(-model.head_width // LANES) * LANES
     flops = 0.0
     for window in model.pattern:
-        size = block_sizes(length // parts, length, window, model.head_width)
-        first = 4 * _covered(length, size.block_q, size.block_kv, window)
-        second = 10 * _covered(length, size.block_q_dkv, size.block_kv_dkv, window)
-        flops += (forward * first + backward * second) * width * heads / parts
+        first, second = _tile_pairs(length, parts, window, model.head_width)
+        flops += (forward * 4 * first + backward * 10 * second) * width * heads / parts
     return flops / len(model.pattern)
+
+
+def block_flops(model: ModelConfig, length: int, heads: float, forward: float, backward: float) -> float:
+    """The same where no kernel is: products with the scores stored, two forward and four in the backward pass."""
+    pairs = sum(block_pairs(length, window) for window in model.pattern) / len(model.pattern)
+    return (forward * 4 + backward * 8) * pairs * model.head_width * heads
+
+
+@functools.cache
+def block_pairs(length: int, window: int) -> int:
+    """Pairs of a query and a key for which a score is computed and stored."""
+    return sum((stop - start) * (last - first) for start, stop, first, last in blocks(length, window))
+
+
+@functools.cache
+def _tile_pairs(length: int, parts: int, window: int, head_width: int) -> tuple[int, int]:
+    """Pairs of a query and a key that the tiles of the forward and of the backward kernel compute."""
+    size = block_sizes(length // parts, length, window, head_width)
+    return (
+        _covered(length, size.block_q, size.block_kv, window),
+        _covered(length, size.block_q_dkv, size.block_kv_dkv, window),
+    )
 
 
 def _covered(length: int, queries: int | None, keys: int | None, window: int) -> int:
@@ -272,32 +327,6 @@ def visible_tiles(length: int, queries: int, keys: int, window: int = 0) -> int:
     return count
 
 
-def hbm_bytes(config: Config, mesh: AnyMesh) -> float:
-    """Bytes that a device has to read and write in a step at the least.
-
-    The state and its gradients once each way; weights as they are computed with (bfloat16, gathered) written once and
-    read once or twice in every pass over a microbatch; what each product reads and gives, in bfloat16. What happens
-    between products is taken to be fused into them.
-    """
-    model, train, layout = config.model, config.train, layout_of(config.mesh, mesh)
-    state = 3 * 4 * parameter_count(model) + 4 * parameter_count(model)
-    split = mesh.size / mesh.shape["data"]
-    passes = 2 + (train.remat != "none")
-    weights = parameter_count(model) / mesh.shape["tensor"] / layout.stages * 2 * (2 * passes + 1)
-    activations = train.batch_size * train.sequence_length / mesh.size
-    activations *= model.layers * product_sizes(model) * (passes + 1) + 3 * (model.width + model.vocab_size)
-    return 2 * state / split + weights * train.accumulation + 2 * activations
-
-
-def product_sizes(model: ModelConfig) -> int:
-    """Elements for each token that the products of one layer read and give."""
-    attention = model.heads * model.head_width
-    projected = attention + 2 * model.key_value_heads * model.head_width
-    ups = 2 if model.gated else 1
-    hidden = model.hidden_width
-    return (model.width + projected) + (attention + model.width) + (model.width + ups * hidden) + (hidden + model.width)
-
-
 # Memory
 
 
@@ -305,14 +334,17 @@ def memory_use(program: Program, config: Config, where: Topology, mesh: AnyMesh)
     """What lies on a chip at the peak, by kind."""
     parameters, optimizer = state_bytes(config, mesh)
     on_device = optimizer if config.train.optimizer_memory == "device" else 0
-    peak = program.memory.peak
-    gradients = max(0, min(parameters, peak - parameters - on_device))
+    peak = program.memory.total
+    left = max(0, peak - parameters - on_device)
+    saved = min(left, program.saved_bytes or 0)
+    gradients = min(left - saved, parameters if program.gradient_bytes is None else program.gradient_bytes)
     n = where.chip.devices
     return MemoryUse(
         parameters=parameters * n,
         optimizer=on_device * n,
         gradients=gradients * n,
-        rest=(peak - parameters - on_device - gradients) * n,
+        saved=saved * n,
+        rest=(peak - parameters - on_device - gradients - saved) * n,
         total=peak * n,
         capacity=where.hbm_bytes * n,
         host=program.memory.host * n,

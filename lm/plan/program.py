@@ -12,17 +12,27 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lm.plan.collectives import Collective, find_collectives
+from lm.plan.hbm import HBM, HOST, is_transfer, moved
 from lm.plan.hlo import Computation, Instruction, Module, parse
 from lm.plan.loops import trip_count
 from lm.plan.products import PRODUCTS, product_flops
+from lm.plan.stacks import find_stacks
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_COPIES = ("copy", "transpose", "copy-start", "slice-start", "async-start")
+_COPIES = (
+    *("copy", "transpose", "slice", "dynamic-slice", "dynamic-update-slice", "copy-start", "slice-start"),
+    *("dynamic-slice-start", "dynamic-update-slice-start", "async-start"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device, as the compiler laid them out; `host` in the memory of the host."""
+    """Bytes on each device, as the compiler laid them out; `host` in the memory of the host.
+
+    What has to fit is `total`. At the limit of a chip the compiler refuses a program by its peak, and says this figure
+    in the error; the sum of arguments, outputs and temporary may be far above it, since `temporary` also counts what
+    never lies in the memory at one time. The code is not counted.
+    """
 
     arguments: int
     outputs: int
@@ -33,6 +43,11 @@ class Memory:
     peak: int
     """The most at one time, code aside: arguments + outputs - alias + temporary where the compiler does not say."""
     host: int
+
+    @property
+    def total(self) -> int:
+        """What must fit."""
+        return self.peak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +74,16 @@ class Program:
     memory: Memory
     unknown_loops: tuple[str, ...]
     """Loops whose trip count could not be read: counted once, so that everything in them is a lower bound."""
+    hbm_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Read and written in the memory of the device, by kind of operation: products, copies, other, kernels,
+    collectives. The least that is moved: an operand counts once for each operation that reads it."""
+    host_bytes: int = 0
+    """Read and written in the memory of the host."""
+    saved_bytes: int | None = None
+    """What the loop over layers leaves in the memory for the loop of the backward pass. None where there are no such
+    loops."""
+    gradient_bytes: int | None = None
+    """The gradients of stacked parameters, as the loop of the backward pass leaves them."""
 
     @property
     def total_cycles(self) -> int:
@@ -75,6 +100,7 @@ def read_text(text: str, mesh: Mesh, memory: Memory) -> Program:
     module = parse(text)
     reader = _Reader(module, mesh)
     facts = reader.read(module.entry)
+    stacks = find_stacks(module)
     return Program(
         collectives=tuple(
             dataclasses.replace(collective, times=times) for collective, times in facts.collectives.values()
@@ -84,6 +110,10 @@ def read_text(text: str, mesh: Mesh, memory: Memory) -> Program:
         kernels=tuple(Kernel(*key, times) for key, times in facts.kernels.most_common()),
         memory=memory,
         unknown_loops=tuple(reader.unknown_loops),
+        hbm_bytes=dict(facts.hbm),
+        host_bytes=facts.host,
+        saved_bytes=stacks.saved if stacks else None,
+        gradient_bytes=stacks.gradients if stacks else None,
     )
 
 
@@ -111,6 +141,8 @@ class _Facts:
     def __init__(self) -> None:
         self.collectives: dict[str, tuple[Collective, int]] = {}
         self.cycles: Counter[str] = Counter()
+        self.hbm: Counter[str] = Counter()
+        self.host = 0
         self.flops = 0
         self.kernels: Counter[tuple[str, str, str]] = Counter()
 
@@ -120,6 +152,9 @@ class _Facts:
             self.collectives[key] = collective, before + count * times
         for kind, cycles in other.cycles.items():
             self.cycles[kind] += cycles * times
+        for kind, size in other.hbm.items():
+            self.hbm[kind] += size * times
+        self.host += other.host * times
         self.flops += other.flops * times
         for kernel, count in other.kernels.items():
             self.kernels[kernel] += count * times
@@ -142,6 +177,8 @@ class _Reader:
         facts = self.known[computation.name] = _Facts()
         for collective in find_collectives(computation, self.module, self.mesh, cycles_of):
             facts.collectives[f"{computation.name}/{collective.name}"] = collective, 1
+            if not is_transfer(computation.instructions[collective.name]):  # it runs inside of a fusion or call
+                facts.hbm["collectives"] += collective.operand_bytes + collective.result_bytes
         for instruction in computation.instructions.values():
             self.add(facts, instruction, computation)
         return facts
@@ -149,8 +186,13 @@ class _Reader:
     def add(self, facts: _Facts, instruction: Instruction, computation: Computation) -> None:
         products = self.products(instruction, computation)
         facts.flops += sum(products)
+        kind = _kind(instruction, products)
         if cycles := cycles_of(instruction):
-            facts.cycles["products" if products else "copies" if instruction.opcode in _COPIES else "other"] += cycles
+            facts.cycles[kind] += cycles
+        bytes_by_memory = moved(instruction, computation, self.module)
+        facts.host += bytes_by_memory[HOST]
+        if size := bytes_by_memory[HBM]:
+            facts.hbm[kind] += size
         called = instruction.called
         if instruction.opcode == "while":
             trips = trip_count(instruction, computation, self.module)
@@ -177,6 +219,14 @@ class _Reader:
         return [
             flops for inside in held for one in inside.instructions.values() for flops in self.products(one, inside)
         ]
+
+
+def _kind(instruction: Instruction, products: list[int]) -> str:
+    if is_transfer(instruction):
+        return "collectives"
+    if instruction.opcode == "custom-call":
+        return "kernels"
+    return "products" if products else "copies" if instruction.opcode in _COPIES else "other"
 
 
 def cycles_of(instruction: Instruction) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
+from lm.chips import TPUS, Chip
 from lm.errors import ConfigError
-from lm.plan.chips import CHIPS, Chip, host_shape, shapes, wrapped
+from lm.plan.machine import Machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Topology:
         return self.chips // math.prod(host_shape(self.chip, self.shape))
 
     @property
+    def machine(self) -> Machine:
+        """Without the devices."""
+        return Machine(self.chip, self.shape, self.slices, self.wrap)
+
+    @property
     def hbm_bytes(self) -> int:
         """What a program may use on one device."""
         return self.chip.hbm_bytes // self.chip.devices
@@ -58,20 +64,47 @@ def topology(name: str, *, slices: int = 1) -> Topology:
 def parse_name(name: str) -> tuple[Chip, tuple[int, ...]]:
     """Chip and shape in a name like v6e:16x16. Raises ConfigError, with the nearest names, when there is no such."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name)
-    chip = CHIPS.get(match[1]) if match else None
+    chip = TPUS.get(match[1]) if match else None
     shape = tuple(int(side) for side in match[2].split("x")) if match else ()
     if chip is None or shape not in shapes(chip):
         raise ConfigError(
-            f"there is no TPU topology {name!r}; the nearest: {', '.join(_nearest(name))}. Chips are {', '.join(CHIPS)}"
+            f"there is no TPU topology {name!r}; the nearest: {', '.join(_nearest(name))}. Chips are {', '.join(TPUS)}"
         )
     return chip, shape
+
+
+def shapes(chip: Chip) -> list[tuple[int, ...]]:
+    """The slices that exist: chips along each axis, smallest slice first.
+
+    Two-dimensional ones are listed by Google; three-dimensional ones are a few below a cube of 4 x 4 x 4, and
+    everything made of such cubes, sides in rising order, up to the largest slice.
+    """
+    if chip.dimensions == 2:
+        return list(_FLAT)
+    sides = range(4, chip.pod // 16 + 1, 4)
+    cubes = [(a, b, c) for a in sides for b in sides if b >= a for c in sides if c >= b and a * b * c <= chip.pod]
+    return [*_SMALL, *sorted(cubes, key=lambda shape: (math.prod(shape), shape[::-1]))]
+
+
+def wrapped(chip: Chip, shape: tuple[int, ...]) -> bool:
+    """Whether the ends of each axis are linked: cubes of 4 x 4 x 4, and whole pods of the flat kinds."""
+    if chip.dimensions == 2:
+        return math.prod(shape) == chip.pod
+    return all(side % 4 == 0 for side in shape)
+
+
+def host_shape(chip: Chip, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Chips of one host along each axis: 2 x 2, but 1 and 8 for the flat slices that are one machine."""
+    if chip.dimensions == 2 and shape in ((1, 1), (2, 4)):
+        return (*shape, 1)
+    return 2, 2, 1
 
 
 def _nearest(name: str) -> list[str]:
     """Three names that exist: of the same chip, or the one spelt most like it, and about as large."""
     kind, mark, sides = re.fullmatch(r"([^:-]*)([:-]?)(.*)", name.lower(), re.DOTALL).groups()  # type: ignore[union-attr]
     kind = _OTHER_NAMES.get(kind, kind)
-    chip = CHIPS[(get_close_matches(kind, CHIPS, 1, 0.0) or ["v5p"])[0]]
+    chip = TPUS[(get_close_matches(kind, TPUS, 1, 0.0) or ["v5p"])[0]]
     wanted = sorted(max(1, int(side)) for side in re.findall(r"\d+", sides)) or [4] * chip.dimensions
     if mark == "-" and len(wanted) == 1:  # v5p-128: accelerator types count cores where a chip has two
         wanted = [max(1, wanted[0] // (2 if chip.dimensions == 3 else 1))]
@@ -107,7 +140,7 @@ def _devices(chip: Chip, shape: tuple[int, ...], slices: int, wrap: tuple[bool, 
     options: dict[str, Any] = {
         "wrap": (*wrap, wrap[0])[:3],
         "num_slices": slices,
-        "chip_config_name": chip.config,
+        "chip_config_name": "megacore" if chip in _MEGACORE else "default",
         "chips_per_host_bounds": host_shape(chip, shape),
     }
     name = f"{chip.name}:{'x'.join(map(str, shape))}"
@@ -118,6 +151,10 @@ def _devices(chip: Chip, shape: tuple[int, ...], slices: int, wrap: tuple[bool, 
     return tuple(described.devices)
 
 
+_SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_MEGACORE = (TPUS["v4"], TPUS["v5p"])
+"""Their two cores are one device."""
 _OTHER_NAMES = {"v7x": "tpu7x", "v7": "tpu7x", "7x": "tpu7x", "v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e"}
 _ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 

@@ -44,6 +44,7 @@ from lm.parallel.processes import ALONE, Processes
 from lm.parallel.rows import local_rows, whole_batch
 from lm.parallel.sharding import batch_sharding, rules
 from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
+from lm.train.forecast import Expect, Expected, Forecast
 from lm.train.heldout import HeldOut, held_out_loss
 from lm.train.host_memory import keep_freed_memory
 from lm.train.meter import Meter
@@ -63,11 +64,12 @@ SHARED_SECONDS = 60.0
 """How long a shared file system may take to show to one host what another one has written."""
 
 
-def train(config: Config, *, stream: TextIO | None, processes: Processes = ALONE) -> None:
+def train(config: Config, *, stream: TextIO | None, processes: Processes = ALONE, expect: Expect | None = None) -> None:
     """Runs, or goes on with, the run in `config.run.dir` until all steps are done.
 
-    Progress is printed to `stream`. Raises LmError, whose exit code says how the run ended: Stopped when a
-    signal ended it after a save, DivergedError, DataError, StorageError, or ConfigError before anything happened.
+    Progress is printed to `stream`; what `expect` predicts is logged beside what is measured.
+    Raises LmError, whose exit code says how the run ended: Stopped when a signal ended it after a save,
+    DivergedError, DataError, StorageError, or ConfigError before anything happened.
     All of the `processes` call this with the same config.
     """
     run = RunDirectory(config.run.dir)
@@ -85,7 +87,7 @@ def train(config: Config, *, stream: TextIO | None, processes: Processes = ALONE
             else Progress(config.train.steps, stream=None)
         ) as progress,
     ):
-        _Run(config, mesh, abstract, directory, progress, stop, processes).go()
+        _Run(config, mesh, abstract, directory, progress, stop, processes, expect).go()
 
 
 class _Run:
@@ -100,11 +102,12 @@ class _Run:
         progress: Progress,
         stop: StopRequest,
         processes: Processes,
+        expect: Expect | None,
     ):
         self.config, self.mesh, self.abstract = config, mesh, abstract
         self.directory, self.progress, self.stop = directory, progress, stop
         self.sharding = batch_sharding(mesh, rules(config.mesh))
-        self.processes = processes
+        self.processes, self.expect = processes, expect
         self.stopped_by: str | None = None
         self.say = progress.say
         self.started = time.monotonic()
@@ -240,6 +243,17 @@ class _Run:
             f"compiled in {human_seconds(time.monotonic() - start)}, "
             f"ready after {human_seconds(time.monotonic() - self.started)}"
         )
+        self.forecast = Forecast(self.expected(), self.train_step, self.mesh.local_devices[0])
+
+    def expected(self) -> Expected | None:
+        """What is predicted; a prediction that fails never ends a run."""
+        if self.expect is None or not self.processes.primary:
+            return None
+        try:
+            return self.expect(self.config, self.mesh)
+        except Exception as error:
+            self.say(f"step time and memory could not be predicted: {type(error).__name__}: {error}")
+            return None
 
     # 4. The steps
 
@@ -310,9 +324,16 @@ class _Run:
             )
         values |= extra
         if k % self.config.log.every == 0 or k == self.config.train.steps - 1 or extra or streak:
-            values |= self.meter.read(k)
+            values |= self.meter.read(k) | self.forecast.values()
             self.summaries.scalars(k, values)
+            if self.meter.intervals == 2:  # the first holds what happens only once
+                self.compare()
         self.progress.update(k + 1, values | self.meter.latest)
+
+    def compare(self) -> None:
+        seconds = self.meter.mean_step_seconds
+        if seconds and (line := self.forecast.compared(seconds)):
+            self.say(line)
 
     def evaluate(self, state: TrainState, k: int) -> dict[str, float]:
         """Held-out loss, and a sample, of the state after step k."""
@@ -346,6 +367,7 @@ class _Run:
         steps = self.config.train.steps
         if self.checkpoints.last_good != steps:
             raise StorageError(f"all {steps} steps are done, but the last state could not be saved: see above")
+        self.compare()
         if self.held_out is not None:
             result = self.held_out_on(state, list(range(len(self.held_out))))
             self.summaries.amend_last(

@@ -15,6 +15,9 @@ class Meter:
         self.tokens_per_step = tokens_per_step
         self._flops_per_token, self._peak = flops_per_token, peak_flops
         self.latest: dict[str, float] = {}
+        self.intervals = 0
+        """How many were read."""
+        self._all_steps, self._all_seconds = 0, 0.0
 
     def start(self, step: int) -> None:
         """Before the first step of this start, `step`."""
@@ -25,6 +28,9 @@ class Meter:
         """Values for metrics.jsonl: means over the steps after the last `read`, up to and with `step`."""
         steps = step + 1 - self._from_step
         seconds = max(time.monotonic() - self._from_time - self._paused, 1e-9)
+        if self.intervals:
+            self._all_steps, self._all_seconds = self._all_steps + steps, self._all_seconds + seconds
+        self.intervals += 1
         speed = steps * self.tokens_per_step / seconds
         self.latest = {
             "tokens": (step + 1) * self.tokens_per_step,
@@ -37,6 +43,12 @@ class Meter:
             self.latest["mfu"] = speed * self._flops_per_token / self._peak
         self.start(step + 1)
         return self.latest
+
+    @property
+    def mean_step_seconds(self) -> float | None:
+        """Over all steps that were read but those of the first interval, in which everything happens for the first
+        time; None before there are such."""
+        return self._all_seconds / self._all_steps if self._all_steps else None
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -156,15 +156,25 @@ def human_seconds(seconds: float) -> str:
 
 def human_count(count: float) -> str:
     """A number to three digits: 7, 950, 0.25, 12.3k, 4.56M, 15.0T."""
+    return "".join(_three_digits(count, ("k", "M", "B", "T")))
+
+
+def human_bytes(count: float) -> str:
+    """Bytes to three digits, in powers of 1000: 950 B, 1.23 GB."""
+    number, unit = _three_digits(count, ("k", "M", "G", "T"))
+    return f"{number} {unit}B"
+
+
+def _three_digits(count: float, units: tuple[str, ...]) -> tuple[str, str]:
     unit = ""
-    for larger in ("k", "M", "B", "T"):
+    for larger in units:
         if abs(count) < 999.5:
             break
         count, unit = count / 1000, larger
     if not unit and count == round(count):
-        return f"{count:.0f}"
+        return f"{count:.0f}", unit
     decimals = 2 if abs(count) < 9.995 else 1 if abs(count) < 99.95 else 0
-    return f"{count:.{decimals}f}{unit}"
+    return f"{count:.{decimals}f}", unit
 
 
 _CLEAR = "\x1b[K"  # to the end of the line

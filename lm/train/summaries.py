@@ -41,7 +41,10 @@ TAGS = {
     "model_flops_per_second": "speed/model_flops_per_second",
     "mfu": "speed/mfu",
     "step_seconds": "speed/step_seconds",
+    "expected_step_seconds": "speed/expected_step_seconds",
     "input_wait_seconds": "speed/input_wait_seconds",
+    "memory_bytes": "memory/bytes",
+    "expected_memory_bytes": "memory/expected_bytes",
 }
 
 

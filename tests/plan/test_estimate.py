@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lm.chips import CHIPS, GIB
 from lm.experiment import Config
 from lm.model.config import ModelConfig
 from lm.model.flops import flops_per_token
 from lm.parallel.mesh import AXES, MeshConfig, abstract_mesh
-from lm.plan.chips import CHIPS, GIB
 from lm.plan.collectives import Collective
 from lm.plan.estimate import (
-    ATTENTION_EFFICIENCY,
+    HOST_EXPOSED,
     Times,
     attention_flops,
     collective_seconds,
     estimate,
-    hbm_bytes,
     memory_use,
     visible_tiles,
 )
 from lm.plan.program import Kernel, Memory, Program
+from lm.plan.rates import rates_of
 from lm.plan.topology import Topology
 from lm.train.config import TrainConfig
 
@@ -106,9 +106,12 @@ def test_what_is_hidden_and_what_adds() -> None:
         synchronous={"links": 0.125, "data_center": 0.0},
         asynchronous={"links": 2.5, "data_center": 7.0},
     )
-    assert times.exposed == {"links": 0.0, "data_center": 4.0}
+    assert times.exposed == {"links": 0.0, "data_center": 4.0, "host": 0.0}
     assert times.step == 2 + 1 + 0.5 + 0.25 + 0.125 + 4
     assert times.bound_by == "data_center"
+    # Two seconds each way: the forward pass hides one of them, the backward pass two.
+    assert dataclasses.replace(times, host=4.0).exposed["host"] == 1.0
+    assert dataclasses.replace(times, host=1.0).exposed["host"] == HOST_EXPOSED  # never all
     alone = dataclasses.replace(times, asynchronous={"links": 0.0, "data_center": 0.0})
     assert (alone.step, alone.bound_by) == (3.875, "compute")
 
@@ -116,18 +119,22 @@ def test_what_is_hidden_and_what_adds() -> None:
 def test_a_whole_estimate() -> None:
     where, mesh = machine("v5e", (2, 2), fsdp=4)
     clock, link = where.chip.clock, int(where.chip.link_bandwidth)
+    bandwidth = where.chip.hbm_bandwidth * rates_of(where.chip).memory
     gathers = [collective("all-gather", link, 4, times=4, asynchronous=hidden) for hidden in (True, False)]
     found = estimate(
         program(
             collectives=tuple(gathers),
-            cycles={"products": int(2 * clock), "other": int(clock), "copies": int(clock / 2)},
+            cycles={"products": int(2 * clock), "other": int(clock), "copies": int(9 * clock)},
+            hbm_bytes={"products": 1, "other": 10**15, "copies": int(bandwidth / 2)},  # what is less counts
             product_flops=10**12,
         ),
         CONFIG,
         where,
         mesh,
     )
-    assert found.times.parts == pytest.approx({"compute": 2.0, "memory": 1.5, "links": 1.5, "data_center": 0.0})
+    assert found.times.parts == pytest.approx(
+        {"compute": 2.0, "memory": 1.5, "links": 1.5, "data_center": 0.0, "host": 0.0}
+    )
     assert found.times.step == pytest.approx(5.0)
     (row,) = found.traffic
     assert (row.kind, row.runs, row.bytes) == ("all-gather", 8, 8 * link)
@@ -173,7 +180,7 @@ def test_attention_kernels() -> None:
     assert attention_flops(program(kernels=kernels), CONFIG, mesh) == expected
     found = estimate(program(kernels=kernels), CONFIG, where, mesh)
     assert found.attention_flops == expected
-    assert found.times.attention == pytest.approx(expected / (197e12 * ATTENTION_EFFICIENCY))
+    assert found.times.attention == pytest.approx(expected / (197e12 * rates_of(where.chip).attention))
     assert attention_flops(program(), CONFIG, mesh) == 0
 
     # A run is over the rows of one microbatch; how often it is run, the program says.
@@ -197,12 +204,3 @@ def test_memory_by_kind() -> None:
     assert (use.capacity, use.host) == (where.chip.hbm_bytes, GIB)
     train = dataclasses.replace(CONFIG.train, optimizer_memory="host")
     assert memory_use(program(), dataclasses.replace(CONFIG, train=train), where, mesh).optimizer == 0
-
-
-def test_memory_traffic() -> None:
-    """On one device, by hand: state and gradients both ways, weights in bfloat16, what products read and give."""
-    mesh = abstract_mesh(CONFIG.mesh, 1)
-    parameters = 2 * (256 * (2 * 256 + 2 * 128) + 3 * 256 * 512) + 1024 * 256 + 5 * 256
-    layer = (256 + 512) + (256 + 256) + (256 + 1024) + (512 + 256)
-    activations = 2 * 8 * 2048 * (2 * layer * 3 + 3 * (256 + 1024))
-    assert hbm_bytes(CONFIG, mesh) == 2 * 16 * parameters + 2 * 5 * parameters + activations

@@ -75,6 +75,79 @@ def test_a_scan_of_products_counts_every_turn(mesh: Mesh) -> None:
     assert not program.unknown_loops
 
 
+CHIPS = ["v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1"]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    ("function", "shapes", "donated", "size", "flops"),
+    [
+        (jnp.add, [(N, N), (N, N)], (), 3 * ARRAY, 0),
+        (lambda x: x.T, [(N, 2 * N)], (), 2 * 2 * ARRAY, 0),
+        (jnp.matmul, [(N, 2 * N), (2 * N, N)], (), 5 * ARRAY, 4 * N**3),
+        # A layer at a time: each of seven matrices is read once.
+        (
+            lambda x, ws: lax.scan(lambda x, w: (x @ w, None), x, ws)[0],
+            [(8, N), (7, N, N)],
+            (),
+            7 * ARRAY,
+            7 * 16 * N**2,
+        ),
+        # Seven of eight arrays are read, and written over those of the other.
+        (
+            lambda a, b: lax.fori_loop(0, 7, lambda i, a: lax.dynamic_update_index_in_dim(a, jnp.sin(b[i]), i, 0), a),
+            [(8, 4 * N, N), (8, 4 * N, N)],
+            (0,),
+            7 * 2 * 4 * ARRAY,
+            0,
+        ),
+        # A few rows of a table too large for any core are read; the product reads these and a matrix.
+        (lambda t, w: t[jnp.arange(N) ^ 1] @ w, [(128 * N, N), (N, N)], (), 3 * ARRAY, 2 * N**3),
+    ],
+    ids=["add", "transpose", "product", "scan", "update in place", "gather"],
+)
+def test_bytes_in_the_memory(
+    chip: str,
+    function: Callable[..., jax.Array],
+    shapes: list[tuple[int, ...]],
+    donated: tuple[int, ...],
+    size: int,
+    flops: int,
+) -> None:
+    """All that a program reads and writes; what it keeps near the core moves no bytes, what it puts back, twice."""
+    mesh = Mesh(np.array(topology(chip).devices[:1]), ("one",), axis_types=(AxisType.Auto,))
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P())) for shape in shapes]
+    with uncached():
+        program = read_program(jax.jit(function, donate_argnums=donated).lower(*arguments).compile(), mesh)
+    assert program.product_flops == flops
+    assert program.host_bytes == 0
+    small = 2**19  # indices, counters, and what a loop with few rows carries
+    put_back = 2 * ARRAY if flops == 2 * N**3 else 0
+    moved = sum(program.hbm_bytes.values())
+    assert any(wanted <= moved < wanted + small for wanted in {size, size + put_back})
+
+
+@pytest.mark.parametrize("chip", ["v5e:1x1", "v5p:2x2x1"])
+def test_bytes_to_and_from_the_host(chip: str) -> None:
+    """Layers are read from the host one at a time, and what each gives goes there."""
+    mesh = Mesh(np.array(topology(chip).devices[:1]), ("one",), axis_types=(AxisType.Auto,))
+    here, there = NamedSharding(mesh, P()), NamedSharding(mesh, P(), memory_kind="pinned_host")
+
+    def step(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = jnp.tanh(x @ jax.device_put(w, jax.memory.Space.Device))
+        return x, jax.device_put(x, jax.memory.Space.Host)
+
+    arguments = (
+        jax.ShapeDtypeStruct((2 * N, N), jnp.bfloat16, sharding=here),
+        jax.ShapeDtypeStruct((5, N, N), jnp.bfloat16, sharding=there),
+    )
+    with uncached():
+        scanned = jax.jit(lambda x, ws: lax.scan(step, x, ws), out_shardings=(here, there))
+        program = read_program(scanned.lower(*arguments).compile(), mesh)
+    assert program.host_bytes == 5 * (ARRAY + 2 * ARRAY)
+    assert program.memory.host == 5 * (ARRAY + 2 * ARRAY)
+
+
 COLLECTIVES = [
     (lambda x: lax.all_gather(x, "fsdp", tiled=True), P("fsdp"), P(), "all-gather", ("fsdp",), 4, ARRAY // 4, ARRAY),
     (
@@ -133,6 +206,8 @@ def test_one_collective(
     share = {"collective-permute": 1.0, "all-reduce": 2 * (size - 1) / size}.get(kind, (size - 1) / size)
     assert program.collectives[0].wire_bytes == share * max(operand, result)
     assert program.collectives[0].network == "links"
+    # Some chips gather into a memory of the core.
+    assert operand <= program.hbm_bytes["collectives"] <= operand + result
 
 
 def test_collectives_in_loops_of_loops(mesh: Mesh) -> None:

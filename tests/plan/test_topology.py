@@ -6,10 +6,10 @@ import math
 
 import pytest
 
+from lm.chips import TPUS
 from lm.errors import ConfigError
 from lm.plan import topology as module
-from lm.plan.chips import CHIPS, shapes
-from lm.plan.topology import parse_name, topology
+from lm.plan.topology import parse_name, shapes, topology
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'lm[plan]'"
@@ -83,7 +83,7 @@ def test_other_nonsense_names_slices_that_exist(name: str) -> None:
     assert [parse_name(one)[0].name for one in suggested]
 
 
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
+@pytest.mark.parametrize("chip", TPUS.values(), ids=lambda chip: chip.name)
 def test_shapes(chip: module.Chip) -> None:
     found = shapes(chip)
     assert len(set(found)) == len(found)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lm.train import progress as module
-from lm.train.progress import Progress, human_count, human_seconds
+from lm.train.progress import Progress, human_bytes, human_count, human_seconds
 
 VALUES = {"loss": 3.2141, "bits_per_byte": 2.3149, "tokens_per_second": 12345.0, "grad_norm": 1.0}
 
@@ -317,3 +317,8 @@ def test_human_count() -> None:
         -1500: "-1.50k",
     }  # fmt: skip
     assert {count: human_count(count) for count in cases} == cases
+
+
+def test_human_bytes() -> None:
+    cases = {0: "0 B", 950: "950 B", 12_345: "12.3 kB", 4_560_000: "4.56 MB", 1.2e9: "1.20 GB", 1.5e13: "15.0 TB"}
+    assert {count: human_bytes(count) for count in cases} == cases

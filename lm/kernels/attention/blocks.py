@@ -27,13 +27,9 @@ def attention_in_blocks(
     kv_heads = k.shape[2]
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
 
-    count = max(1, min(MOST_BLOCKS, length // SMALLEST_BLOCK)) if same_tokens else 1
-    size = -(-length // count)
+    whole = [(0, length, 0, k.shape[2])]
     results = []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        first = max(0, start - window + 1) if same_tokens and window else 0
-        last = stop if same_tokens else k.shape[2]
+    for start, stop, first, last in blocks(length, window) if same_tokens else whole:
         distance = query_positions[:, start:stop, None] - key_positions[:, None, first:last]
         visible = (query_segments[:, start:stop, None] == key_segments[:, None, first:last]) & (distance >= 0)
         if window:
@@ -52,6 +48,16 @@ def attention_in_blocks(
         results.append(out.reshape(batch, heads, stop - start, head_dim))
     out = results[0] if len(results) == 1 else jnp.concatenate(results, axis=2)
     return out.transpose(0, 2, 1, 3)
+
+
+def blocks(length: int, window: int) -> list[tuple[int, int, int, int]]:
+    """Ranges of queries, each with the keys that it is computed against, of a sequence that looks at itself."""
+    count = max(1, min(MOST_BLOCKS, length // SMALLEST_BLOCK))
+    size = -(-length // count)
+    return [
+        (start, min(start + size, length), max(0, start - window + 1) if window else 0, min(start + size, length))
+        for start in range(0, length, size)
+    ]
 
 
 @jax.custom_vjp

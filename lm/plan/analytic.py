@@ -1,0 +1,393 @@
+"""What a step costs, from sizes alone: well under a millisecond for each setting, and no compiler.
+
+The same quantities that `estimate` reads from a compiled program are counted here, from the shapes of the model and
+from what each device holds, computes and exchanges (lm/parallel/layout.py, lm/model/linear.py). A few constants,
+fitted to compiled programs, make bytes and cycles of the counts; tests/benchmarks/plan_accuracy.py compares.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+
+from lm.experiment import Config
+from lm.kernels.attention.splash import takes
+from lm.model.config import ModelConfig
+from lm.model.flops import flops_per_token
+from lm.model.loss import LOGITS_ON_ACCELERATORS
+from lm.model.transformer import abstract_params, compute_dtype, parameter_axes
+from lm.parallel.layout import GATHERED
+from lm.parallel.sharding import rules
+from lm.plan.estimate import (
+    NETWORKS,
+    Estimate,
+    MemoryUse,
+    Times,
+    Traffic,
+    block_flops,
+    block_pairs,
+    link_seconds,
+    splash_flops,
+)
+from lm.plan.machine import Machine, Spans, between_slices, spans_by_axis
+from lm.plan.rates import rates_of
+
+F32 = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One step of a config on a mesh, modelled."""
+
+    estimate: Estimate
+    memory: MemoryUse
+
+    @property
+    def step_seconds(self) -> float:
+        return self.estimate.times.step
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.memory.capacity
+
+
+def predict(config: Config, machine: Machine, sizes: dict[str, int]) -> Prediction:
+    """The step of `config` on a mesh of these sizes, by axis. The sizes must be ones that `make_mesh` accepts."""
+    work = count_work(config, sizes, machine.platform)
+    return Prediction(_estimate(config, machine, sizes, work), _memory(config, machine, work))
+
+
+# Counts: exact, for one device
+
+
+class Exchange(NamedTuple):
+    """Collectives of one kind over some mesh axes, in one step."""
+
+    kind: str
+    axes: tuple[str, ...]
+    bytes: float
+    """Of whole arrays, all runs together."""
+    runs: float
+    hidden: bool
+    """Whether products run beside it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one device holds, computes and exchanges in a step. Bytes, FLOPs, numbers of elements."""
+
+    parameters: float
+    """Bytes, as many as of their gradients."""
+    batch: float
+    """Bytes of the rows that it is given."""
+    item: int
+    """Bytes of an element that is computed with."""
+    saved: float
+    """Bytes kept for the backward pass, on the device."""
+    offloaded: float
+    """The same, on the host."""
+    layer_weights: float
+    """Elements of one layer, gathered."""
+    layer_results: float
+    """Elements that the products of one layer read and give, each once, in one run."""
+    hidden: float
+    """Elements of the residual stream of one run."""
+    scores: float
+    """Of attention, for one run of a layer, where they are stored."""
+    table: float
+    """Elements of the output weights, gathered."""
+    logits: float
+    """Elements computed at once."""
+    layer_flops: float
+    """Of the products of all layers, recomputation included, and of what a pipeline computes while it is idle."""
+    loss_flops: float
+    attention_flops: float
+    elementwise: float
+    """Bytes read and written between the products of layers."""
+    loss_bytes: float
+    """Bytes read and written for the loss."""
+    exchanges: tuple[Exchange, ...]
+
+
+def count_work(config: Config, sizes: dict[str, int], platform: str = "tpu") -> Work:
+    """The counts for a device of a mesh of these sizes."""
+    model, train = config.model, config.train
+    item = compute_dtype(model, platform).itemsize
+    table = rules(config.mesh)
+    parts = {name: math.prod(sizes[axis] for axis in axes) for name, axes in table.items()}
+    stages, repeats = sizes["stage"], config.mesh.repeats
+    microbatches = config.mesh.pipeline_microbatches if stages > 1 else 1
+    runs = repeats * microbatches + stages - 1 if stages > 1 else 1
+    layers = model.layers / (stages * repeats if stages > 1 else 1)
+    times = train.accumulation * runs * layers  # that a layer is computed forward
+    tensor = parts["residual"] // parts["sequence"]
+
+    rows = train.batch_size / parts["batch"]
+    tokens = rows / train.accumulation / microbatches * train.sequence_length / parts["sequence"]
+    stream = tokens * model.width / tensor
+    parameters, layer_weights = 0.0, 0.0
+    for axes, shape in stored_sizes(model):
+        size = math.prod(shape)
+        parameters += F32 * size / math.prod(parts[name] for name in axes)
+        if axes[0] == "layers" and len(axes) > 2:
+            computed = math.prod(parts[name] for name in axes if name not in GATHERED and name != "layers")
+            layer_weights += size / computed / model.layers
+
+    products, kept, attended = _layer(config, parts)
+    again = sum(inputs * outputs for name, inputs, outputs in products if name not in kept)
+    weights = sum(inputs * outputs for _, inputs, outputs in products)
+    recompute = 0.0 if train.remat == "none" else again
+    layer_flops = times * 2 * tokens * (3 * weights + recompute)
+    vocabulary = model.vocab_size / parts["vocab"]
+    loss_tokens = rows * train.sequence_length / parts["sequence"] / stages
+    if parts["vocab"] == 1:
+        loss_tokens /= tensor
+    loss_flops = 6 * loss_tokens * model.width * vocabulary
+    forward = times * (1 + (train.remat != "none" and not attended))
+    heads = model.heads / parts["heads"] * tokens * parts["sequence"] / train.sequence_length
+    scores = 0.0
+    if platform == "tpu" and takes_splash(model, train.sequence_length, parts["sequence"]):
+        attention = splash_flops(model, train.sequence_length, parts["sequence"], heads, forward, times)
+    else:
+        heads /= parts["sequence"]
+        attention = block_flops(model, train.sequence_length, heads, forward, times)
+        pairs = sum(block_pairs(train.sequence_length, window) for window in model.pattern) / len(model.pattern)
+        scores = pairs * heads
+
+    results = sum(inputs + outputs for _, inputs, outputs in products)
+    shared = (2 + model.gated) * model.width  # queries, keys and values read the same, and so do both of a gated layer
+    # A pipeline also keeps what it receives and hands on each time, and all microbatches, as they come and go.
+    flow = 2 * runs + 4 * microbatches if stages > 1 else 0
+    saved, offloaded = _saved(config, parts, tensor)
+    passes = 3 + (train.remat != "none")
+    loss_chunk = min(LOGITS_ON_ACCELERATORS, loss_tokens / train.accumulation * vocabulary)
+    chunks = max(1.0, loss_tokens * vocabulary / loss_chunk)
+    return Work(
+        parameters=parameters,
+        batch=rows * train.sequence_length * 5 * 4,
+        item=item,
+        saved=item * ((saved * tokens + (scores if train.remat == "none" else 0)) * layers * runs + flow * stream),
+        offloaded=item * offloaded * tokens * layers * runs,
+        layer_weights=layer_weights,
+        layer_results=tokens * (results - shared),
+        hidden=stream,
+        scores=scores,
+        table=vocabulary * model.width,
+        logits=loss_chunk,
+        layer_flops=layer_flops,
+        loss_flops=loss_flops,
+        attention_flops=attention,
+        elementwise=times * passes * (item * (tokens * results + 4 * stream) + 2 * F32 * scores),
+        loss_bytes=loss_tokens * vocabulary * F32 * 4 + chunks * vocabulary * model.width * F32 * 2,
+        exchanges=tuple(_exchanges(config, sizes, table, item, times, tokens, layer_weights, vocabulary, parameters)),
+    )
+
+
+@functools.cache
+def stored_sizes(model: ModelConfig) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
+    """Of each parameter: the names of its axes, and its shape."""
+    names = jax.tree.leaves(parameter_axes(model), is_leaf=lambda node: isinstance(node, tuple))
+    leaves = jax.tree.leaves(abstract_params(model))
+    return tuple((one, leaf.shape) for one, leaf in zip(names, leaves, strict=True))
+
+
+def _layer(config: Config, parts: dict[str, int]) -> tuple[list[tuple[str, float, float]], set[str], bool]:
+    """The products of a layer (the result's name, inputs, outputs, for one token), those that the backward pass does
+    not compute again, and whether attention is one of these."""
+    model, train = config.model, config.train
+    d, f = model.width, model.hidden_width / parts["mlp"]
+    heads = model.heads * model.head_width / parts["heads"]
+    grouped = model.key_value_heads * model.head_width / parts["kv_heads"]
+    products: list[tuple[str, float, float]] = [
+        ("query", d, heads),
+        ("key", d, grouped),
+        ("value", d, grouped),
+        ("attention_output", heads, d),
+        ("feed_forward_up", d, f),
+        *([("feed_forward_gate", d, f)] if model.gated else []),
+        ("feed_forward_down", f, d),
+    ]
+    kept = {*train.saved, *train.offloaded}
+    if model.norm_placement == "pre":
+        kept.add("feed_forward_down")  # only added to the residual stream: nothing needs it again
+    return products, kept, "attention" in kept
+
+
+def _saved(config: Config, parts: dict[str, int], tensor: int) -> tuple[float, float]:
+    """Elements for each token and layer that are kept for the backward pass: on the device, and on the host."""
+    model, train = config.model, config.train
+    heads = model.heads * model.head_width / parts["heads"]
+    grouped = model.key_value_heads * model.head_width / parts["kv_heads"]
+    f = model.hidden_width / parts["mlp"]
+    stream = model.width / tensor
+    size = {
+        "query": heads,
+        "key": grouped,
+        "value": grouped,
+        "attention": heads + 2 * model.heads / parts["heads"],  # and float32 sums of exponentials
+        "attention_output": stream,
+        "feed_forward_up": f,
+        "feed_forward_gate": f,
+    }
+    kept = stream
+    if train.remat == "none":
+        hidden = (6 if model.gated else 3) * f
+        # Results of products, and what norms, positions and activations keep, partly float32.
+        kept = 4 * stream + 3 * model.width + 2 * (heads + grouped) + 2 * model.heads / parts["heads"] + hidden
+    return (
+        kept + sum(size[name] for name in train.saved),
+        sum(size[name] for name in train.offloaded),
+    )
+
+
+def takes_splash(model: ModelConfig, length: int, parts: int) -> bool:
+    """Whether attention is the TPU kernel's."""
+    shape = (1, length // parts, model.heads, model.head_width)
+    return takes(shape, (1, length, model.key_value_heads, model.head_width))
+
+
+def _exchanges(
+    config: Config,
+    sizes: dict[str, int],
+    table: dict[str, tuple[str, ...]],
+    item: int,
+    times: float,
+    tokens: float,
+    layer_weights: float,
+    vocabulary: float,
+    parameters: float,
+) -> list[Exchange]:
+    model, train = config.model, config.train
+    on = lambda name: tuple(axis for axis in table[name] if sizes[axis] > 1)  # noqa: E731
+    found = []
+    rounds = train.accumulation
+    reduced = F32 if train.reduce_dtype == "float32" else 2
+    if over := on("embed"):
+        elements = times * layer_weights + rounds * vocabulary * model.width
+        gathered = times * 2 * layer_weights + rounds * vocabulary * model.width
+        found.append(Exchange("all-gather", over, item * gathered, times * 8, True))
+        found.append(Exchange("reduce-scatter", over, reduced * elements, times * 4, False))
+        looked_up = (
+            item * tokens * model.width * rounds * (config.mesh.pipeline_microbatches if sizes["stage"] > 1 else 1)
+        )
+        found.append(Exchange("all-to-all", over, 2 * looked_up, 2 * rounds, False))
+    recompute = train.remat != "none"
+    stream = item * tokens * model.width
+    if over := tuple(axis for axis in on("residual") if axis not in on("sequence")):
+        found.append(Exchange("all-gather", over, times * stream * (4 + 2 * recompute), times * 6, False))
+        found.append(Exchange("reduce-scatter", over, times * stream * (4 + recompute), times * 5, False))
+    if over := on("sequence"):
+        grouped = model.key_value_heads * model.head_width / math.prod(sizes[axis] for axis in on("kv_heads"))
+        whole = 2 * item * tokens * math.prod(sizes[axis] for axis in over) * grouped
+        found.append(Exchange("all-gather", over, times * whole * (1 + recompute), 2 * times, False))
+        found.append(Exchange("reduce-scatter", over, times * whole, 2 * times, False))
+    if sizes["stage"] > 1:
+        runs = times / (model.layers / (sizes["stage"] * config.mesh.repeats))
+        stream = item * tokens * model.width / math.prod(sizes[a] for a in on("residual") if a not in on("sequence"))
+        found.append(Exchange("collective-permute", ("stage",), 2 * runs * stream, 2 * runs, False))
+    if sizes["data"] > 1 and "data" not in on("embed"):
+        found.append(Exchange("all-reduce", ("data",), parameters, 1, False))
+    return found
+
+
+# Models of bytes and seconds
+
+
+def _memory(config: Config, machine: Machine, work: Work) -> MemoryUse:
+    """The peak is in one of two places: where the loss of the last chunk is computed, or in the backward pass of the
+    last layer, when the gradients of nearly all layers are there."""
+    n = machine.chip.devices
+    on_host = config.train.optimizer_memory == "host"
+    optimizer = 2 * work.parameters
+    loss = LOSS_STREAM * work.item * work.hidden + (work.item + F32) * work.table + LOGITS * work.logits
+    layer = (
+        work.parameters
+        + WEIGHTS * work.layer_weights
+        + work.item * (RESULTS * work.layer_results + STREAM * work.hidden)
+        + SCORES * F32 * work.scores
+    )
+    accumulated = work.parameters * (config.train.accumulation > 1)
+    held = work.parameters + (0 if on_host else optimizer) + work.batch
+    moving = OFFLOADING * work.offloaded / config.model.layers
+    # The update has all of the optimizer's state on the device, and some of it twice where it came from the host.
+    update = (5.5 if on_host else 5.0) * work.parameters
+    total = max(held + accumulated + work.saved + moving + max(loss, layer), update)
+    gradients = accumulated + (work.parameters if layer > loss else 0)
+    return MemoryUse(
+        parameters=round(work.parameters * n),
+        optimizer=0 if on_host else round(optimizer * n),
+        gradients=round(gradients * n),
+        saved=round(work.saved * n),
+        rest=round(max(0.0, total - held - gradients - work.saved + work.batch) * n),
+        total=round(total * n),
+        capacity=machine.chip.hbm_bytes,
+        host=round((work.offloaded + on_host * optimizer) * n),
+    )
+
+
+def _estimate(config: Config, machine: Machine, sizes: dict[str, int], work: Work) -> Estimate:
+    chip, per_chip = machine.chip, machine.chip.devices
+    rates = rates_of(chip)
+    peak, bandwidth = chip.peak_flops / per_chip, chip.hbm_bandwidth / per_chip
+    tokens = config.train.batch_size * config.train.sequence_length
+    traffic = _traffic(machine, sizes, work.exchanges)
+    total = {n: sum(row.seconds for row in traffic if row.network == n) for n in NETWORKS}
+    hidden = {n: sum(row.asynchronous_seconds for row in traffic if row.network == n) for n in NETWORKS}
+    on_host = config.train.optimizer_memory == "host"
+    state = 4 * work.parameters + 3 * work.parameters
+    moved = work.elementwise + work.loss_bytes + state
+    products = work.layer_flops + work.loss_flops
+    return Estimate(
+        chips=machine.chips,
+        tokens=tokens,
+        model_flops=flops_per_token(config.model, config.train.sequence_length).causal * tokens,
+        product_flops=products * per_chip,
+        attention_flops=work.attention_flops * per_chip,
+        hbm_bytes=moved * per_chip,
+        hbm_seconds=moved / bandwidth,
+        traffic=traffic,
+        times=Times(
+            products=products / (peak * rates.products * rates.sustained),
+            attention=work.attention_flops / (peak * rates.attention),
+            other=moved / (bandwidth * rates.memory),
+            copies=0.0,
+            synchronous={n: total[n] - hidden[n] for n in NETWORKS},
+            asynchronous=hidden,
+            host=(2 * work.offloaded + on_host * 4 * work.parameters) / (chip.host_bandwidth / per_chip),
+        ),
+        peak_flops=chip.peak_flops,
+    )
+
+
+def _traffic(machine: Machine, sizes: dict[str, int], exchanges: tuple[Exchange, ...]) -> tuple[Traffic, ...]:
+    spans, outer = spans_by_axis(machine, sizes), between_slices(machine, sizes)
+    rows = []
+    for one in exchanges:
+        group = math.prod(sizes[axis] for axis in one.axes)
+        across = math.prod(outer[axis] for axis in one.axes)
+        for network, size, count in (("links", one.bytes, group // across), ("data_center", one.bytes, across)):
+            if count == 1:
+                continue
+            ring = (2 if one.kind == "all-reduce" else 1) * (count - 1) / count
+            wire = size * (1.0 if one.kind == "collective-permute" else ring)
+            along: Spans = sorted((s for axis in one.axes for s in spans[axis]), reverse=True)
+            seconds = link_seconds(one.kind, size, wire, along, machine.chip, network)
+            hidden = HIDDEN * seconds if one.hidden else 0.0
+            rows.append(Traffic(one.kind, network, round(one.runs), round(size), wire, seconds, hidden))
+    return tuple(sorted(rows, key=lambda row: -row.seconds))
+
+
+# Fitted to compiled programs: see tests/benchmarks/plan_accuracy.py
+
+LOSS_STREAM, LOGITS = 3.0, 5.0
+OFFLOADING = 8.0
+"""Layers whose results are on their way to the host or back: 4 in programs for v5p, 11 for v6e."""
+WEIGHTS, RESULTS, STREAM, SCORES = 8.0, 1.18, 4.0, 3.0
+"""Of memory: bytes for each logit and each gathered weight of a layer; how many times what the products of a layer read
+and give, the residual stream, and the scores, are there at the same time."""
+
+
+HIDDEN = 0.95
+"""Share of the weights' gathers that products run beside."""

@@ -1,0 +1,154 @@
+"""The counts of the analytic model: exact where they can be, and what they are made of."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import pytest
+
+from lm.chips import TPUS
+from lm.experiment import Config
+from lm.model.config import ModelConfig
+from lm.model.flops import flops_per_token, parameter_count
+from lm.optim.config import OptimConfig
+from lm.parallel.mesh import AXES, MeshConfig, abstract_mesh
+from lm.plan.analytic import Work, count_work, predict
+from lm.plan.machine import Machine
+from lm.train.config import TrainConfig
+from lm.train.state import abstract_state
+
+BASE = Config(
+    model=ModelConfig(
+        layers=8, width=512, heads=8, head_dim=64, kv_heads=4, hidden=1536, vocab_size=4096, embeddings="untied"
+    ),
+    train=TrainConfig(batch_size=64, sequence_length=2048, steps=10),
+    optim=OptimConfig(),
+)
+
+
+def on(sizes: dict[str, int], **train: Any) -> tuple[Config, dict[str, int]]:
+    """The base on a mesh, with its sizes by axis. Sizes may hold other fields of the mesh."""
+    config = dataclasses.replace(
+        BASE, mesh=MeshConfig(**({"fsdp": 1} | sizes)), train=dataclasses.replace(BASE.train, **train)
+    )
+    return config, config.mesh.sizes
+
+
+def work(sizes: dict[str, int], **train: Any) -> Work:
+    return count_work(*on(sizes, **train))
+
+
+def moved(found: Work, kind: str) -> float:
+    return sum(one.bytes for one in found.exchanges if one.kind == kind)
+
+
+MESHES = [
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 4},
+    {"fsdp": 2, "tensor": 4},
+    {"fsdp": 2, "context": 4},
+    {"fsdp": 2, "stage": 4},
+    {"data": 2, "context": 2, "tensor": 2},
+    {"stage": 2, "repeats": 2, "microbatches": 4, "fsdp": 4},
+]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_parameters_are_those_of_the_state(sizes: dict[str, int]) -> None:
+    config, counts = on(sizes)
+    params = abstract_state(config, abstract_mesh(config.mesh, math.prod(counts.values()))).params
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(params))
+    assert count_work(config, counts).parameters == held
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_products_are_those_of_the_model(sizes: dict[str, int]) -> None:
+    """All devices together, without recomputation: 6 N for each token, and what a pipeline computes while idle."""
+    config, counts = on(sizes)
+    found, devices = count_work(config, counts), math.prod(counts.values())
+    tokens = config.train.batch_size * config.train.sequence_length
+    flops = flops_per_token(config.model, config.train.sequence_length).parameters * tokens
+    stage, rounds = counts["stage"], config.mesh.pipeline_microbatches * config.mesh.repeats
+    idle = (rounds + stage - 1) / rounds if stage > 1 else 1
+    loss = 6 * tokens * config.model.width * config.model.vocab_size
+    assert found.loss_flops * devices == pytest.approx(loss)
+    assert found.layer_flops * devices == pytest.approx((flops - loss) * idle)
+
+
+def test_recomputation_by_what_is_saved() -> None:
+    """Of a layer: queries and outputs 512 x 512, keys and values 512 x 256 each, three of 512 x 1536."""
+    tokens, ups, attention = 64 * 2048 / 8, 2 * 512 * 1536, 2 * 512 * 512 + 2 * 512 * 256
+    sizes = {"fsdp": 8}
+
+    def again(**train: Any) -> float:
+        return (work(sizes, **train).layer_flops - work(sizes).layer_flops) / (2 * tokens * 8)
+
+    assert again(remat="full") == attention + ups  # what only adds to the residual stream is not needed again
+    assert again(remat="names", saved=("feed_forward_up", "feed_forward_gate")) == attention
+    assert again(remat="names", saved=("query", "key", "value")) == 512 * 512 + ups
+    assert again(remat="names", saved=("attention",)) == attention + ups
+    kernels = {remat: work(sizes, **remat_of(remat)).attention_flops for remat in ("none", "full", "attention")}
+    assert kernels["none"] == kernels["attention"]
+    assert kernels["full"] == pytest.approx(kernels["none"] * (4 + 4 + 10) / (4 + 10), rel=0.2)  # tiles differ in size
+
+
+def remat_of(name: str) -> dict[str, Any]:
+    return {"remat": name} if name in ("none", "full") else {"remat": "names", "saved": (name,)}
+
+
+def test_weights_are_gathered_twice_and_scattered_once() -> None:
+    found = work({"fsdp": 8}, remat="full")
+    vectors = 8 * 2 * 512 + 512
+    matrices = parameter_count(BASE.model) - vectors - 4096 * 512  # the embedding is looked up where it lies
+    layers = matrices - 4096 * 512
+    assert found.layer_weights * 8 == layers
+    assert moved(found, "all-gather") == 2 * (2 * layers + 4096 * 512)
+    assert moved(found, "reduce-scatter") == 4 * matrices
+    assert moved(work({"fsdp": 8}, reduce_dtype="bfloat16"), "reduce-scatter") == 2 * matrices
+    twice = work({"fsdp": 8}, remat="full", accumulation=2)
+    assert moved(twice, "all-gather") == 2 * moved(found, "all-gather")
+    assert twice.saved == found.saved / 2
+    (summed,) = work({"data": 8}).exchanges
+    assert (summed.kind, summed.bytes) == ("all-reduce", 4 * parameter_count(BASE.model))
+
+
+def test_saved_results() -> None:
+    tokens = 64 * 2048 / 8
+    full = work({"fsdp": 8}, remat="full")
+    assert full.saved == 8 * tokens * 512 * 2  # the residual stream
+    names = work({"fsdp": 8}, remat="names", saved=("feed_forward_up",), offloaded=("query",))
+    assert names.saved - full.saved == 8 * tokens * 1536 * 2
+    assert names.offloaded == 8 * tokens * 512 * 2
+    split = work({"tensor": 4, "fsdp": 2}, remat="names", saved=("feed_forward_up",))
+    assert split.saved == names.saved  # in the same parts of the sequence, or of the hidden layer
+    assert work({"fsdp": 8}, remat="none").saved > names.saved
+
+
+def test_a_prediction() -> None:
+    machine = Machine(TPUS["v5e"], (2, 4))
+    config, sizes = on({"fsdp": 8}, remat="full")
+    found = predict(config, machine, sizes)
+    held = count_work(config, sizes).parameters
+    assert (found.memory.parameters, found.memory.optimizer) == (held, 2 * held)
+    assert found.fits
+    assert found.step_seconds == pytest.approx(sum(found.estimate.times.parts.values()))
+    assert 0.05 < found.estimate.mfu < 0.8
+    on_host = predict(*_with(config, machine, sizes, optimizer_memory="host"))
+    assert on_host.memory.total == found.memory.total - 2 * held
+    assert on_host.memory.host == 2 * held
+    assert on_host.estimate.times.host > 0
+    larger = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=2**17))
+    assert not predict(larger, machine, sizes).fits
+
+
+def _with(config: Config, machine: Machine, sizes: dict[str, int], **train: Any) -> tuple[Any, Any, Any]:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train)), machine, sizes
+
+
+def test_two_chips_that_share_links() -> None:
+    """On TPU7x two devices are one chip: bytes on the chip, seconds of a device."""
+    config, sizes = on({"fsdp": 8})
+    found = predict(config, Machine(TPUS["tpu7x"], (2, 2, 1)), sizes)
+    assert found.memory.parameters == 2 * count_work(config, sizes).parameters
+    assert set(sizes) == set(AXES)
