@@ -34,6 +34,8 @@ class Chip:
     """Most chips that links join: in one slice, or in one host with GPUs."""
     clock: float = 0.0
     """Of its cores, in cycles per second: what the TPU compiler's estimated cycles are counted in."""
+    host_bytes: int = 0
+    """Memory of the host, for each of its chips; 0: not known."""
     host_bandwidth: float = 16e9
     """To the memory of the host, one way. Given nowhere for TPUs: MaxText's setting for Llama 3.1 8B on v6e moves
     12 GB/s beside its step."""
@@ -83,12 +85,54 @@ def _best_seconds(run: Callable[[], object]) -> float:
 # Clock: the peak over the FLOPs that a device does in a cycle (2^17 on v5e, 2^18 on v4 and v5p, 2^19 on v6e and TPU7x).
 # The compiler's cycles for a product of 8192 x 8192 come within 2 % of this peak on v5e and v5p, 8 % on v4, 12 % on
 # v6e and 24 % on TPU7x, always below it.
+# Memory of hosts: the machine types with four chips, ct4p, ct5lp, ct5p, ct6e and tpu7x.
 _TPUS = (
-    Chip("v4", ("TPU v4",), 1, int(30.75 * GIB), 275e12, 1200e9, 50e9, 3, 6.25e9, 4096, 1.05e9),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 1, int(15.75 * GIB), 197e12, 819e9, 50e9, 2, 3.125e9, 256, 1.5e9),
-    Chip("v5p", ("TPU v5", "TPU v5p"), 1, int(95.74 * GIB), 459e12, 2765e9, 100e9, 3, 6.25e9, 6144, 1.75e9),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 1, int(31.25 * GIB), 918e12, 1638e9, 100e9, 2, 12.5e9, 256, 1.75e9),
-    Chip("tpu7x", ("TPU7x",), 2, int(2 * 94.75 * GIB), 2307e12, 7380e9, 100e9, 3, 12.5e9, 9216, 2.2e9),
+    Chip("v4", ("TPU v4",), 1, int(30.75 * GIB), 275e12, 1200e9, 50e9, 3, 6.25e9, 4096, 1.05e9, 407 * 10**9 // 4),
+    Chip(
+        "v5e",
+        ("TPU v5 lite", "TPU v5e"),
+        1,
+        int(15.75 * GIB),
+        197e12,
+        819e9,
+        50e9,
+        2,
+        3.125e9,
+        256,
+        1.5e9,
+        192 * 10**9 // 4,
+    ),
+    Chip(
+        "v5p",
+        ("TPU v5", "TPU v5p"),
+        1,
+        int(95.74 * GIB),
+        459e12,
+        2765e9,
+        100e9,
+        3,
+        6.25e9,
+        6144,
+        1.75e9,
+        448 * 10**9 // 4,
+    ),
+    Chip(
+        "v6e",
+        ("TPU v6 lite", "TPU v6e"),
+        1,
+        int(31.25 * GIB),
+        918e12,
+        1638e9,
+        100e9,
+        2,
+        12.5e9,
+        256,
+        1.75e9,
+        720 * 10**9 // 4,
+    ),
+    Chip(
+        "tpu7x", ("TPU7x",), 2, int(2 * 94.75 * GIB), 2307e12, 7380e9, 100e9, 3, 12.5e9, 9216, 2.2e9, 960 * 10**9 // 4
+    ),
 )
 
 # Peak (dense; where the sheets give it with sparsity, half), memory bandwidth and NVLink: NVIDIA's data sheets, which

@@ -12,7 +12,7 @@ from lm.experiment import Config
 from lm.parallel.layout import layout_of
 from lm.parallel.mesh import AnyMesh
 from lm.parallel.sharding import rules
-from lm.plan.analytic import predict
+from lm.plan.analytic import predict, takes_splash
 from lm.plan.collectives import Collective
 from lm.plan.estimate import Estimate
 from lm.plan.machine import Machine
@@ -94,6 +94,11 @@ def size_warnings(config: Config, mesh: AnyMesh) -> tuple[str, ...]:
                 f"{name} = {size}{split} is padded to multiples of {LANES}, {padded / size - 1:.1%} more; {padded} "
                 "costs the same"
             )
+    if not takes_splash(model, config.train.sequence_length, layout.parts("sequence")):
+        warnings.append(
+            "attention stores its scores, sequence x sequence for each head: the kernel needs heads of 64 or more, and "
+            f"parts of the sequence that are multiples of {LANES}"
+        )
     if mesh.size == 1:
         return tuple(warnings)
     copied = [

@@ -88,6 +88,8 @@ class Work:
     """Bytes kept for the backward pass, on the device."""
     offloaded: float
     """The same, on the host."""
+    carried: float
+    """Bytes that go to the host for the backward pass in all of the step, and come back."""
     layer_weights: float
     """Elements of one layer, gathered."""
     layer_results: float
@@ -127,13 +129,15 @@ def count_work(config: Config, sizes: dict[str, int], platform: str = "tpu") -> 
     rows = train.batch_size / parts["batch"]
     tokens = rows / train.accumulation / microbatches * train.sequence_length / parts["sequence"]
     stream = tokens * model.width / tensor
-    parameters, layer_weights = 0.0, 0.0
+    parameters, tables, layer_weights = 0.0, 0.0, 0.0
     for axes, shape in stored_sizes(model):
         size = math.prod(shape)
-        parameters += F32 * size / math.prod(parts[name] for name in axes)
+        held = F32 * size / math.prod(parts[name] for name in axes)
+        parameters += held
+        tables += held * ("layers" not in axes)
         if axes[0] == "layers" and len(axes) > 2:
             computed = math.prod(parts[name] for name in axes if name not in GATHERED and name != "layers")
-            layer_weights += size / computed / model.layers
+            layer_weights += size / computed / (model.layers - model.layers % len(model.pattern))
 
     products, kept, attended = _layer(config, parts)
     again = sum(inputs * outputs for name, inputs, outputs in products if name not in kept)
@@ -170,6 +174,7 @@ def count_work(config: Config, sizes: dict[str, int], platform: str = "tpu") -> 
         item=item,
         saved=item * ((saved * tokens + (scores if train.remat == "none" else 0)) * layers * runs + flow * stream),
         offloaded=item * offloaded * tokens * layers * runs,
+        carried=item * offloaded * tokens * times,
         layer_weights=layer_weights,
         layer_results=tokens * (results - shared),
         hidden=stream,
@@ -181,7 +186,9 @@ def count_work(config: Config, sizes: dict[str, int], platform: str = "tpu") -> 
         attention_flops=attention,
         elementwise=times * passes * (item * (tokens * results + 4 * stream) + 2 * F32 * scores),
         loss_bytes=loss_tokens * vocabulary * F32 * 4 + chunks * vocabulary * model.width * F32 * 2,
-        exchanges=tuple(_exchanges(config, sizes, table, item, times, tokens, layer_weights, vocabulary, parameters)),
+        exchanges=tuple(
+            _exchanges(config, sizes, table, item, times, tokens, layer_weights, vocabulary, parameters, tables)
+        ),
     )
 
 
@@ -235,7 +242,8 @@ def _saved(config: Config, parts: dict[str, int], tensor: int) -> tuple[float, f
     if train.remat == "none":
         hidden = (6 if model.gated else 3) * f
         # Results of products, and what norms, positions and activations keep, partly float32.
-        kept = 4 * stream + 3 * model.width + 2 * (heads + grouped) + 2 * model.heads / parts["heads"] + hidden
+        kept = 4 * stream + 3 * model.width + 2 * heads + 2 * model.heads / parts["heads"] + hidden
+        kept += 2 * grouped * parts["sequence"]  # keys and values of whole sequences
     return (
         kept + sum(size[name] for name in train.saved),
         sum(size[name] for name in train.offloaded),
@@ -258,6 +266,7 @@ def _exchanges(
     layer_weights: float,
     vocabulary: float,
     parameters: float,
+    tables: float,
 ) -> list[Exchange]:
     model, train = config.model, config.train
     on = lambda name: tuple(axis for axis in table[name] if sizes[axis] > 1)  # noqa: E731
@@ -287,8 +296,15 @@ def _exchanges(
         runs = times / (model.layers / (sizes["stage"] * config.mesh.repeats))
         stream = item * tokens * model.width / math.prod(sizes[a] for a in on("residual") if a not in on("sequence"))
         found.append(Exchange("collective-permute", ("stage",), 2 * runs * stream, 2 * runs, False))
-    if sizes["data"] > 1 and "data" not in on("embed"):
-        found.append(Exchange("all-reduce", ("data",), parameters, 1, False))
+        # At the end each stage gets its rows of the loss, and the gradients of tables are those of all stages.
+        rows = train.accumulation * config.mesh.pipeline_microbatches * stream
+        found.append(Exchange("reduce-scatter", ("stage",), rows, rounds, False))
+        found.append(Exchange("all-gather", ("stage",), rows, rounds, False))
+        found.append(Exchange("all-reduce", ("stage",), tables, 1, False))
+    if over := tuple(
+        axis for axis in (*table["batch"], *on("sequence")) if sizes[axis] > 1 and axis not in on("embed")
+    ):
+        found.append(Exchange("all-reduce", over, parameters, 1, False))
     return found
 
 
@@ -355,7 +371,8 @@ def _estimate(config: Config, machine: Machine, sizes: dict[str, int], work: Wor
             copies=0.0,
             synchronous={n: total[n] - hidden[n] for n in NETWORKS},
             asynchronous=hidden,
-            host=(2 * work.offloaded + on_host * 4 * work.parameters) / (chip.host_bandwidth / per_chip),
+            host=2 * work.carried / (chip.host_bandwidth / per_chip),
+            update=on_host * 4 * work.parameters / (chip.host_bandwidth / per_chip),
         ),
         peak_flops=chip.peak_flops,
     )

@@ -61,7 +61,9 @@ class Times:
     """By network: communication that the program waits for."""
     asynchronous: dict[str, float]
     host: float = 0.0
-    """To and from the memory of the host."""
+    """To and from the memory of the host, while layers are computed."""
+    update: float = 0.0
+    """The same for the optimizer's state, beside which there are no products."""
 
     @property
     def exposed(self) -> dict[str, float]:
@@ -79,7 +81,7 @@ class Times:
         """Seconds that add up to the step, by what bounds them."""
         waiting = {network: self.synchronous[network] + self.exposed[network] for network in NETWORKS}
         computing = {"compute": self.products + self.attention, "memory": self.other + self.copies}
-        return {**computing, **waiting, "host": self.exposed["host"]}
+        return {**computing, **waiting, "host": self.exposed["host"] + self.update}
 
     @property
     def step(self) -> float:
@@ -168,6 +170,7 @@ def estimate(program: Program, config: Config, where: Topology, mesh: Mesh) -> E
         )
 
     moved = sum(program.hbm_bytes.values())
+    fetched = 2 * state_bytes(config, mesh)[1] if config.train.optimizer_memory == "host" else 0
     return Estimate(
         chips=where.chips,
         tokens=tokens,
@@ -184,7 +187,8 @@ def estimate(program: Program, config: Config, where: Topology, mesh: Mesh) -> E
             copies=seconds("copies"),
             synchronous={n: total[n] - hidden[n] for n in NETWORKS},
             asynchronous=hidden,
-            host=program.host_bytes / (chip.host_bandwidth / per_chip),
+            host=max(0, program.host_bytes - fetched) / (chip.host_bandwidth / per_chip),
+            update=fetched / (chip.host_bandwidth / per_chip),
         ),
         peak_flops=chip.peak_flops,
     )

@@ -17,7 +17,10 @@ def kept(config: Config, name: str, slices: int, compile_one: Callable[[], dict[
 
     What was found is forgotten when lm itself, jax or libtpu is another. A folder that cannot be written is none.
     """
-    path = _folder() / f"{_key(config, name, slices)}.json"
+    try:
+        path = _folder() / f"{_key(config, name, slices)}.json"
+    except RuntimeError:  # there is no home directory
+        return compile_one()
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -37,7 +40,9 @@ def _folder() -> Path:
 
 
 def _key(config: Config, name: str, slices: int) -> str:
-    digest = hashlib.sha256(json.dumps([configs.to_json(config), name, slices, _versions()]).encode())
+    # What the train step is made of: where data and results lie, and what is logged, change nothing.
+    sections = [configs.to_json(one) for one in (config.model, config.optim, config.train, config.mesh)]
+    digest = hashlib.sha256(json.dumps([sections, name, slices, _versions()]).encode())
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]

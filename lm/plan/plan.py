@@ -56,12 +56,8 @@ def plan(
     Raises ConfigError for a topology, mesh or batch that cannot be, or when libtpu is missing; LmError when the
     compiler fails for another reason than too little memory. `advise`: where a step does not fit, compile changes too.
     """
-    for option, value in (("--tokens", tokens), ("--price", price)):
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{option} must be a number above 0, got {value}")
+    tokens = check_run(config, tokens, price)
     where = topology(name, slices=slices)
-    if tokens is None:
-        tokens = config.train.steps * config.train.batch_size * config.train.sequence_length
     mesh = make_mesh(config.mesh, where.devices)
     sizes = size_warnings(config, mesh)
     start = time.monotonic()
@@ -86,6 +82,14 @@ def plan(
         needed_bytes=memory.total,
         warnings=(*program_warnings(program, result, config, mesh), *sizes),
     )
+
+
+def check_run(config: Config, tokens: float | None, price: float | None) -> float:
+    """The tokens to train on: what the config says where they are None. Raises ConfigError for what is no number."""
+    for option, value in (("--tokens", tokens), ("--price", price)):
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{option} must be a number above 0, got {value}")
+    return config.train.steps * config.train.batch_size * config.train.sequence_length if tokens is None else tokens
 
 
 def _compile(config: Config, where: Topology) -> jax.stages.Compiled | int:

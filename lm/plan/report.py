@@ -71,6 +71,20 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def for_run(values: dict[str, Any], tokens: float, price: float | None) -> dict[str, Any]:
+    """What `as_json` gave, for another number of tokens and another price."""
+    if values["tokens_per_second"] is None:
+        return values | {"tokens": tokens}
+    days = tokens / values["tokens_per_second"] / 86400
+    hours = days * 24 * values["chips"]
+    return values | {
+        "tokens": tokens,
+        "days": days,
+        "chip_hours": hours,
+        "dollars": None if price is None else hours * price,
+    }
+
+
 def memory_by_kind(memory: MemoryUse, program: Program) -> dict[str, tuple[int, str]]:
     """Bytes on a chip by what they hold, which add up to the peak, each with its mark as on the screen.
 
@@ -150,7 +164,7 @@ def _work_lines(plan: Plan, found: Estimate, program: Program) -> list[str]:
     lines = [
         f"{'one step, per chip':<26} {'amount':>14} {'seconds':>10}",
         f"  {'model FLOPs (causal)':<24} {found.model_flops / found.chips / 1e12:>9.3f} TFLOP",
-        f"  {'products':<24} {found.product_flops / 1e12:>9.3f} TFLOP {_seconds(times.products)} c",
+        f"  {'products':<24} {found.product_flops / 1e12:>9.3f} TFLOP {_seconds(times.products)} m (FLOPs c)",
         f"  {'attention kernels':<24} {found.attention_flops / 1e12:>9.3f} TFLOP {_seconds(times.attention)} m",
         f"  {'other operations':<24} {'':>15} {_seconds(times.other)} m",
         f"  {'copies':<24} {'':>15} {_seconds(times.copies)} m",

@@ -11,20 +11,21 @@ import math
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lm.errors import ConfigError
+from lm.errors import ConfigError, LmError
 from lm.experiment import Config
 from lm.kernels.attention.splash import LANES
 from lm.model.config import ModelConfig
-from lm.parallel.mesh import AXES, MeshConfig
-from lm.parallel.sharding import LARGE_BYTES, rules
+from lm.parallel.mesh import AXES, MeshConfig, abstract_mesh
+from lm.parallel.sharding import LARGE_BYTES, Rules, check_table, rules
 from lm.plan.analytic import Prediction, predict, stored_sizes
 from lm.plan.kept import kept
 from lm.plan.machine import Machine
-from lm.plan.plan import plan
-from lm.plan.report import as_json
+from lm.plan.plan import check_run, plan
+from lm.plan.report import as_json, for_run
 from lm.plan.topology import topology
 from lm.train.config import TrainConfig
 
@@ -33,7 +34,7 @@ FINALISTS = 3
 """Candidates that are compiled and fit; the compiler's order decides among them."""
 ATTEMPTS = 6
 """Candidates that are compiled at most, those that do not fit included."""
-MESHES = 60
+MESHES = 30
 """Meshes for which every way of saving and offloading is tried: the best of all with full remat."""
 SAME = 0.002
 """Candidates whose times differ by this share are taken to be as fast."""
@@ -105,15 +106,12 @@ def search_on(
 ) -> Result:
     """Searches for the slices called `name`, telling on standard error how it goes. What is compiled is kept, so that
     a search that was interrupted goes on. Raises as `plan` and `search` do."""
+    total = check_run(config, tokens, price)
     where = topology(name, slices=slices)
 
     def compile_one(chosen: Config) -> dict[str, Any]:
-        return kept(
-            chosen,
-            f"{name} {tokens} {price}",
-            slices,
-            lambda: as_json(plan(chosen, name, slices=slices, tokens=tokens, price=price, advise=False)),
-        )
+        found = kept(chosen, name, slices, lambda: as_json(plan(chosen, name, slices=slices, advise=False)))
+        return for_run(found, total, price)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -126,7 +124,8 @@ def search(
 ) -> Result:
     """Ranks, then compiles with `compile_one`, which gives what `as_json` does. Ctrl-C ends it with what it has.
 
-    Raises ConfigError when no mesh divides model and batch, or nothing fits by far.
+    Raises ConfigError when no mesh divides model and batch, or nothing fits by far; and what `compile_one` raises when
+    it does so for every candidate.
     """
     start = time.monotonic()
     considered, ranked = rank(config, machine)
@@ -135,23 +134,32 @@ def search(
         raise ConfigError(_nothing_fits(config, machine, considered))
     say(f"{considered:,} candidates ranked in {ranking:.1f} s, {len(ranked):,} fit by the analytic model")
     done: dict[int, Candidate] = {}
+    failed: dict[int, LmError] = {}
     interrupted = False
     try:
         for place, candidate in enumerate(ranked):
             fitting = [one for one in done.values() if one.compiled is not None and one.compiled["fits"]]
-            if len(fitting) >= FINALISTS or len(done) >= ATTEMPTS:
+            if len(fitting) >= FINALISTS or len(done) + len(failed) >= ATTEMPTS:
                 break
             if any(_alike(candidate, one) for one in fitting):
                 continue
-            say(f"compiling {len(done) + 1}: {' '.join(settings(candidate.config, config)) or 'the config as it is'}")
-            compiled = _interruptible(compile_one, candidate.config)
+            number, changes = len(done) + len(failed) + 1, settings(candidate.config, config)
+            say(f"compiling {number}: {' '.join(changes) or 'the config as it is'}")
+            try:
+                compiled = _interruptible(compile_one, candidate.config)
+            except LmError as error:  # the others may still be compiled
+                failed[place] = error
+                say(f"  not possible: {str(error).splitlines()[0]}")
+                continue
             done[place] = dataclasses.replace(candidate, compiled=compiled)
             verdict = f"{compiled['step_seconds']:.4g} s a step" if compiled["fits"] else "does not fit"
             say(f"  {verdict}; predicted {candidate.prediction.step_seconds:.4g}; {compiled['compile_seconds']:.0f} s")
     except KeyboardInterrupt:
         interrupted = True
+    if failed and not done and not interrupted:
+        raise next(iter(failed.values()))
     fit = [one for one in done.values() if one.compiled is not None and one.compiled["fits"]]
-    rest = [one for place, one in enumerate(ranked) if place not in done]
+    rest = [one for place, one in enumerate(ranked) if place not in done and place not in failed]
     return Result(
         best=tuple([*sorted(fit, key=lambda one: one.seconds), *rest][:SHOWN]),
         rejected=tuple(one for one in done.values() if one not in fit),
@@ -168,19 +176,21 @@ def rank(config: Config, machine: Machine) -> tuple[int, list[Candidate]]:
 
     Every mesh is looked at with full remat; the fastest of them in every way of `REMAT`.
     """
-    considered, meshes = 0, []
-    for number, (mesh, sizes, accumulation) in enumerate(meshes_for(config, machine)):
+    considered, meshes = 0, defaultdict(list)
+    for mesh, sizes, accumulation in meshes_for(config, machine):
         considered += 1
         one = _candidate(config, machine, mesh, sizes, accumulation, REMAT[0])
         if one is not None:
-            meshes.append((one.seconds, number, mesh, sizes, accumulation))
-    kept: list[Candidate] = []
+            meshes[mesh].append(one)
+    fitting: list[Candidate] = []
     ways = _ways(config.model)
-    for _, _, mesh, sizes, accumulation in heapq.nsmallest(MESHES, meshes):
-        considered += len(ways) - 1
-        found = [_candidate(config, machine, mesh, sizes, accumulation, way) for way in ways]
-        kept += [one for one in found if one is not None]
-    return considered, sorted(kept, key=_order)
+    for found in heapq.nsmallest(MESHES, meshes.values(), key=lambda found: min(one.seconds for one in found)):
+        for first in found:
+            considered += len(ways) - 1
+            sizes, accumulation = dict(first.sizes), first.config.train.accumulation
+            others = [_candidate(config, machine, first.config.mesh, sizes, accumulation, way) for way in ways]
+            fitting += [one for one in others if one is not None]
+    return considered, sorted(fitting, key=_order)
 
 
 def _order(one: Candidate) -> tuple[int, int, int]:
@@ -211,6 +221,8 @@ def meshes_for(config: Config, machine: Machine) -> Iterator[tuple[MeshConfig, d
         sizes = dict(zip(AXES, (stage, data, fsdp, expert, context, tensor), strict=True))
         if machine.slices > 1 and (data * stage) % machine.slices:
             continue
+        if config.mesh.rules and not _allowed(sizes, table):
+            continue
         parts = {name: math.prod(sizes[axis] for axis in axes) for name, axes in table.items()}
         if any(size % parts[name] for axes, shape in stored for name, size in zip(axes, shape, strict=True)):
             continue
@@ -228,6 +240,15 @@ def meshes_for(config: Config, machine: Machine) -> Iterator[tuple[MeshConfig, d
             for microbatches, repeats in _pipelines(model, stage, rows):
                 mesh = MeshConfig(**sizes, microbatches=microbatches, repeats=repeats, rules=config.mesh.rules)
                 yield mesh, sizes, accumulation
+
+
+def _allowed(sizes: dict[str, int], table: Rules) -> bool:
+    """Whether rules that are not the default work on a mesh of these sizes."""
+    try:
+        check_table(abstract_mesh(MeshConfig(**sizes)), table)  # type: ignore[arg-type]
+    except ConfigError:
+        return False
+    return True
 
 
 def settings(config: Config, base: Config) -> list[str]:
@@ -250,10 +271,12 @@ def _candidate(
     config: Config, machine: Machine, mesh: MeshConfig, sizes: dict[str, int], accumulation: int, way: Way
 ) -> Candidate | None:
     """With the optimizer's state on the device or, only where that is too much, on the host; None where both are."""
-    for memory in ("device", "host"):
-        chosen = _chosen(config, mesh, accumulation, way, memory)
+    for where in ("device", "host"):
+        chosen = _chosen(config, mesh, accumulation, way, where)
         prediction = predict(chosen, machine, sizes)
-        if prediction.memory.total <= MARGIN * prediction.memory.capacity:
+        memory = prediction.memory
+        on_host = memory.host <= MARGIN * machine.chip.host_bytes or not memory.host
+        if memory.total <= MARGIN * memory.capacity and on_host:
             return Candidate(chosen, tuple(sizes.items()), prediction)
     return None
 
@@ -317,6 +340,8 @@ def _interruptible(work: Callable[[Config], dict[str, Any]], config: Config) -> 
 
 
 def _nothing_fits(config: Config, machine: Machine, considered: int) -> str:
+    if machine.devices % max(1, config.mesh.expert):
+        return f"mesh.expert = {config.mesh.expert} does not divide {machine.devices} devices, and a search keeps it"
     if not considered:
         return (
             f"no mesh of {machine.devices} devices divides the model and a batch of {config.train.batch_size} x "
@@ -327,8 +352,9 @@ def _nothing_fits(config: Config, machine: Machine, considered: int) -> str:
         predict(_chosen(config, mesh, accumulation, REMAT[0], "host"), machine, sizes).memory.total
         for mesh, sizes, accumulation in meshes_for(config, machine)
     )
-    times = math.ceil(least / machine.chip.hbm_bytes)
+    times = math.ceil(least / (MARGIN * machine.chip.hbm_bytes))
     return (
         f"none of {considered:,} candidates fits: the least needs about {least / 2**30:.1f} GiB of the "
-        f"{machine.chip.hbm_bytes / 2**30:.1f} on each chip. About {times} times as many chips would do"
+        f"{machine.chip.hbm_bytes / 2**30:.1f} on each chip, of which a search fills {MARGIN:.0%}. "
+        f"About {times} times as many chips would do"
     )

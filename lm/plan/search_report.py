@@ -25,9 +25,11 @@ def print_search(result: Result, base: Config, *, as_object: bool) -> None:
 
 
 def as_json(result: Result, base: Config) -> dict[str, Any]:
-    """The winner as `lm plan --json` has it, and under `search` how it was found. Without a winner, only the latter."""
+    """The winner as `lm plan --json` has it, and under `search` how it was found. Without a winner, only the latter,
+    and under `fits` false when none that was compiled does, null when none was."""
     winner = result.winner
-    return (winner.compiled or {} if winner else {}) | {
+    none: dict[str, Any] = {"fits": False if result.rejected else None}
+    return (winner.compiled or none if winner else none) | {
         "search": {
             "considered": result.considered,
             "fitting": result.fitting,
@@ -70,7 +72,8 @@ def as_text(result: Result, base: Config) -> str:
     lines += [_line(" -", one, result.best[0] if result.best else one) for one in result.rejected]
     winner = result.winner
     if winner is None:
-        return "\n".join([*lines, "", "none of them was compiled: m is a model's figure", LEGEND])
+        why = "none that was compiled fits" if result.rejected else "none of them was compiled: m is a model's figure"
+        return "\n".join([*lines, "", why, LEGEND])
     changes = settings(winner.config, base)
     lines += ["", "best, as config lines:" if changes else "best: the config as it is"]
     lines += [f"  {change}" for change in changes]

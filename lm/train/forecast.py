@@ -72,10 +72,12 @@ def _peak_memory(device: jax.Device) -> int | None:
 
 
 def _program_memory(compiled: jax.stages.Compiled) -> int | None:
-    """Bytes on one device: what is donated counts once."""
+    """The most at one time on one device, or what it adds up to where the compiler does not say; donated once."""
     found = compiled.memory_analysis()
     if found is None:
         return None
+    if peak := getattr(found, "peak_memory_in_bytes", 0):
+        return int(peak)
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return int(held + found.temp_size_in_bytes)
 

@@ -367,7 +367,8 @@ class _Run:
         steps = self.config.train.steps
         if self.checkpoints.last_good != steps:
             raise StorageError(f"all {steps} steps are done, but the last state could not be saved: see above")
-        self.compare()
+        if self.meter.intervals != 2:  # else it was just said
+            self.compare()
         if self.held_out is not None:
             result = self.held_out_on(state, list(range(len(self.held_out))))
             self.summaries.amend_last(

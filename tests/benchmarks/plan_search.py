@@ -21,7 +21,7 @@ from lm.parallel.mesh import MeshConfig
 from lm.plan import search as searching
 from lm.plan.plan import plan
 from lm.plan.report import as_json
-from lm.plan.search import rank, search, settings
+from lm.plan.search import search, settings
 from lm.plan.topology import topology
 from lm.train.config import TrainConfig
 
@@ -53,9 +53,13 @@ def main() -> None:
     result = search(CONFIG, where.machine, compile_one, print)
     assert result.winner is not None
     searched, compiled = time.monotonic() - start, len(found)
-    considered, ranked = rank(CONFIG, where.machine)
-    print(f"{considered} candidates, {len(ranked)} fit; all are compiled now")
-    for one in ranked:
+    everything = [
+        searching._candidate(CONFIG, where.machine, *one, way)
+        for one in searching.meshes_for(CONFIG, where.machine)
+        for way in searching.REMAT
+    ]
+    print(f"{len(everything)} candidates; all are compiled now")
+    for one in filter(None, everything):
         values = compile_one(one.config)
         print(
             f"  {values['step_seconds'] or float('inf'):.6f} compiled, {one.prediction.step_seconds:.6f} predicted: "

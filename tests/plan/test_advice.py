@@ -138,3 +138,9 @@ def test_warnings_of_sizes() -> None:
     (warning,) = size_warnings(copies, abstract_mesh(copies.mesh, 4))
     # Four attention matrices, three of the feed-forward layer and the embeddings; norms are too small.
     assert warning.startswith("8 parameters, 1.008 GiB together, are on every device, of them ")
+
+
+def test_a_warning_of_stored_scores() -> None:
+    short = dataclasses.replace(config(), train=dataclasses.replace(config().train, sequence_length=2000))
+    (warning,) = size_warnings(short, abstract_mesh(MeshConfig(fsdp=-1), 4))
+    assert warning.startswith("attention stores its scores")

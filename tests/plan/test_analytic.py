@@ -12,7 +12,7 @@ from lm.experiment import Config
 from lm.model.config import ModelConfig
 from lm.model.flops import flops_per_token, parameter_count
 from lm.optim.config import OptimConfig
-from lm.parallel.mesh import AXES, MeshConfig, abstract_mesh
+from lm.parallel.mesh import AXES, MeshConfig, Rule, abstract_mesh
 from lm.plan.analytic import Work, count_work, predict
 from lm.plan.machine import Machine
 from lm.train.config import TrainConfig
@@ -125,6 +125,31 @@ def test_saved_results() -> None:
     assert work({"fsdp": 8}, remat="none").saved > names.saved
 
 
+def test_what_goes_to_the_host_does_so_for_every_part_of_the_batch() -> None:
+    """Held at one time is that of one part; carried, and the seconds that this takes, are those of all."""
+    kept: dict[str, Any] = {"remat": "names", "offloaded": ("query",)}
+    once, often = work({"fsdp": 8}, **kept), work({"fsdp": 8}, accumulation=4, **kept)
+    assert once.offloaded == once.carried == 4 * often.offloaded == often.carried
+    seconds = [
+        predict(config, Machine(TPUS["v5e"], (2, 4)), sizes).estimate.times.host
+        for config, sizes in (on({"fsdp": 8}, **kept), on({"fsdp": 8}, accumulation=4, **kept))
+    ]
+    assert seconds[0] == seconds[1] == pytest.approx(2 * once.offloaded / 16e9)
+
+
+def test_gradients_are_summed_over_all_axes_that_do_not_split_them() -> None:
+    config, sizes = on({"data": 2, "fsdp": 4})
+    whole = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, rules=(Rule("embed", ()),)))
+    (summed,) = count_work(whole, sizes).exchanges
+    assert (summed.kind, summed.axes, summed.bytes) == ("all-reduce", ("data", "fsdp"), 4 * parameter_count(BASE.model))
+
+
+def test_layers_beyond_the_pattern_are_like_the_others() -> None:
+    config, sizes = on({"fsdp": 8})
+    odd = dataclasses.replace(config, model=dataclasses.replace(config.model, windows=(128, 128, 0)))
+    assert count_work(odd, sizes).layer_weights == count_work(config, sizes).layer_weights
+
+
 def test_a_prediction() -> None:
     machine = Machine(TPUS["v5e"], (2, 4))
     config, sizes = on({"fsdp": 8}, remat="full")
@@ -137,7 +162,7 @@ def test_a_prediction() -> None:
     on_host = predict(*_with(config, machine, sizes, optimizer_memory="host"))
     assert on_host.memory.total == found.memory.total - 2 * held
     assert on_host.memory.host == 2 * held
-    assert on_host.estimate.times.host > 0
+    assert on_host.estimate.times.parts["host"] == on_host.estimate.times.update > 0
     larger = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=2**17))
     assert not predict(larger, machine, sizes).fits
 

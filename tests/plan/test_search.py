@@ -16,12 +16,15 @@ import pytest
 
 from lm import config as configs
 from lm.chips import GIB, TPUS
-from lm.errors import ConfigError
+from lm.errors import ConfigError, LmError
 from lm.experiment import Config
 from lm.model.config import ModelConfig
 from lm.parallel.layout import layout_of
-from lm.parallel.mesh import MeshConfig, abstract_mesh
+from lm.parallel.mesh import MeshConfig, Rule, abstract_mesh
+from lm.plan.analytic import predict
+from lm.plan.kept import kept
 from lm.plan.machine import Machine
+from lm.plan.report import for_run
 from lm.plan.search import FINALISTS, SAME, Candidate, meshes_for, rank, search, settings
 from lm.plan.search_report import as_json, as_text
 from lm.train.config import TrainConfig
@@ -137,6 +140,84 @@ def test_what_the_compiler_raises_is_raised() -> None:
         search(CONFIG, MACHINE, compile_one, lambda _: None)
 
 
+def test_one_that_cannot_be_compiled_does_not_end_the_search() -> None:
+    answers: list[Any] = [compiled(3.0), LmError("the compiler failed"), compiled(1.0), compiled(2.0)]
+
+    def compile_one(_: Config) -> dict[str, Any]:
+        answer = answers.pop(0)
+        if isinstance(answer, LmError):
+            raise answer
+        return answer
+
+    said: list[str] = []
+    found = search(CONFIG, MACHINE, compile_one, said.append)
+    assert [one.seconds for one in found.best[:FINALISTS]] == [1.0, 2.0, 3.0]
+    assert "  not possible: the compiler failed" in said
+    assert (found.rejected, answers) == ((), [])
+
+
+def test_none_that_was_compiled_fits() -> None:
+    found = search(CONFIG, MACHINE, lambda _: compiled(None), lambda _: None)
+    assert found.winner is None
+    assert "none that was compiled fits" in as_text(found, CONFIG)
+    assert as_json(found, CONFIG)["fits"] is False
+
+
+def test_rules_under_which_devices_would_be_idle_are_left_out() -> None:
+    """Where rows are not split over data, only one part of it is of use."""
+    mesh = dataclasses.replace(CONFIG.mesh, rules=(Rule("batch", ("fsdp",)),))
+    found = list(meshes_for(dataclasses.replace(CONFIG, mesh=mesh), MACHINE))
+    assert found
+    assert {sizes["data"] for _, sizes, _ in found} == {1}
+
+
+def test_what_is_kept_is_for_any_price_and_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And another train step, or a file that is no JSON, is compiled again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+
+    def ask(config: Config) -> dict[str, Any]:
+        return kept(config, "v5e:2x2", 1, lambda: calls.append(config) or {"number": len(calls)})
+
+    elsewhere = dataclasses.replace(CONFIG, run=dataclasses.replace(CONFIG.run, dir="elsewhere"))
+    other = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, accumulation=2))
+    assert [ask(one)["number"] for one in (CONFIG, elsewhere, other)] == [1, 1, 2]
+    for path in (tmp_path / "lm" / "plans").iterdir():
+        path.write_text("{")
+    assert ask(CONFIG) == ask(CONFIG) == {"number": 3}
+
+
+def test_what_is_kept_is_priced_anew() -> None:
+    before = {"tokens_per_second": 10.0, "chips": 4, "tokens": 1.0, "days": 7.0}
+    after = for_run(before, 864_000.0, 2.0)
+    assert after == before | {"tokens": 864_000.0, "days": 1.0, "chip_hours": 96.0, "dollars": 192.0}
+    assert for_run({"tokens_per_second": None}, 5.0, None) == {"tokens_per_second": None, "tokens": 5.0}
+
+
+def test_an_axis_that_does_not_divide_the_devices() -> None:
+    mesh = dataclasses.replace(CONFIG.mesh, expert=3)
+    with pytest.raises(ConfigError, match=r"mesh\.expert = 3 does not divide 16 devices"):
+        search(dataclasses.replace(CONFIG, mesh=mesh), MACHINE, lambda _: compiled(1.0), lambda _: None)
+
+
+def test_that_it_hardly_fits_is_no_advice_to_take_as_many_chips() -> None:
+    """The least that any candidate needs is more than a search fills, but less than there is."""
+    least = min(
+        predict(one, MACHINE, sizes).memory.total
+        for mesh, sizes, accumulation in meshes_for(CONFIG, MACHINE)
+        for one in [
+            dataclasses.replace(
+                CONFIG,
+                mesh=mesh,
+                train=dataclasses.replace(CONFIG.train, accumulation=accumulation, optimizer_memory="host"),
+            )
+        ]
+    )
+    tight = dataclasses.replace(MACHINE, chip=dataclasses.replace(MACHINE.chip, hbm_bytes=int(least * 1.05)))
+    with pytest.raises(ConfigError, match="About 2 times as many chips"):
+        search(CONFIG, tight, lambda _: compiled(1.0), lambda _: None)
+
+
 def test_nothing_fits() -> None:
     large = dataclasses.replace(CONFIG.model, layers=80, width=8192, hidden=28_672, heads=64, head_dim=128)
     with pytest.raises(ConfigError, match=r"none of [\d,]+ candidates fits: .* times as many chips"):
@@ -181,9 +262,9 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert first.returncode == 130
     assert "interrupted" in text
     assert "best, as config lines:" in text
-    kept = sorted((tmp_path / "lm" / "plans").iterdir())
-    assert len(kept) == 1
-    before = kept[0].stat().st_mtime_ns
+    files = sorted((tmp_path / "lm" / "plans").iterdir())
+    assert len(files) == 1
+    before = files[0].stat().st_mtime_ns
 
     second = lm_search(tmp_path, "--json")
     out, _ = second.communicate(timeout=300)
@@ -193,7 +274,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert found["chips"] == 4
     assert len(found["search"]["best"]) == 10
     assert sum(one["step_seconds"] is not None for one in found["search"]["best"]) == FINALISTS
-    assert kept[0].stat().st_mtime_ns == before
+    assert files[0].stat().st_mtime_ns == before
     assert len(list((tmp_path / "lm" / "plans").iterdir())) >= FINALISTS
 
 
