@@ -69,11 +69,13 @@ def build(config: DataConfig, directory: epath.PathLike, progress: Callable[[str
     Raises:
         DataError: bad input; or the directory holds data built with other settings or `paths`, or the
             unfinished build of sources that have changed.
+        ConfigError: `data.filter` cannot be imported.
         StorageError: the result cannot be written.
     """
     folder = epath.Path(directory)
     if (folder / FILE).exists():  # before the lock: the directory may be one that cannot be written
         return _as_built(config, folder, progress)
+    sources.load_filter(config.filter)  # before anything is read: its name may be mistaken
     listed = sources.list_files(config.paths, config.holdout_paths)
     with files.sole_writer(folder, lambda: progress(f"another process is building {folder}; waiting for it")):
         if not (folder / FILE).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -44,7 +45,9 @@ class TokenizerConfig:
 class DataConfig:
     """Documents, their split into training and held-out, and the tokenizer.
 
-    A document is one text file or one line of a .jsonl file; both may be compressed (.gz, .zst).
+    A document is one text file, one line of a .jsonl file (both may be compressed: .gz, .zst), one record of an
+    ArrayRecord file, or one row of a .parquet file or of a dataset that Hugging Face's library saved on disk. The last
+    two need the extra `parquet`.
     """
 
     paths: tuple[str, ...] = ()
@@ -52,7 +55,13 @@ class DataConfig:
     dir: str | None = dataclasses.field(default=None, metadata={"free": True})
     """Where the built files are; None: `data` in the run directory."""
     text_field: str = "text"
-    """Of each JSON line."""
+    """Of each JSON line, or the column of each row."""
+    filter: str | None = None
+    """`package.module:function`, called with each record as a dict; of those that it gives False for, none is read.
+
+    A record has all fields of its line or row, or the one field `text` in files of plain text. The data is known by
+    the name of the function alone: build anew when it decides differently.
+    """
     holdout_paths: tuple[str, ...] = ()
     """When given, exactly these are held out and all other `paths` are trained on."""
     holdout_by: Literal["document", "tail"] = "document"
@@ -65,7 +74,9 @@ class DataConfig:
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for values that cannot work."""
         if not self.paths:
-            yield "paths", "empty; name text or .jsonl files, folders or globs, or 'python-stdlib'"
+            yield "paths", "empty; name files (text, .jsonl, .parquet), folders or globs, or 'python-stdlib'"
+        if self.filter is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.filter):
+            yield "filter", f"must be package.module:function, got {self.filter!r}"
         if not 0 <= self.holdout_fraction < 1:
             yield "holdout_fraction", f"must be at least 0 and below 1, got {self.holdout_fraction}"
         if self.workers < 0:

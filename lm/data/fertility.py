@@ -24,7 +24,9 @@ def report(config: DataConfig, progress: Callable[[str], None]) -> Tokenizer:
 
     Raises:
         DataError: bad input.
+        ConfigError: `data.filter` cannot be imported.
     """
+    sources.load_filter(config.filter)
     listed = sources.list_files(config.paths, config.holdout_paths)
     parts = divide(listed, part_bytes(listed))
     below = holdout_below(config, parts)

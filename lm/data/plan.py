@@ -22,6 +22,9 @@ PART_FILES = "part-*.json"
 MIN_PART_BYTES = 4 << 20
 MAX_PART_BYTES = 64 << 20
 
+# Settings that older plans lack. Written only where they are given, so that other plans stay as they were.
+_LATER = ("filter",)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -76,6 +79,9 @@ def settings_of(config: DataConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     for key in ("paths", "dir", "workers"):
         del settings[key]
+    for key in _LATER:
+        if settings[key] is None:
+            del settings[key]
     return json.loads(json.dumps(settings))
 
 

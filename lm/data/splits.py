@@ -27,12 +27,13 @@ def split_pieces(
     pieces: Iterable[Piece], config: DataConfig, below: int, tally: Tally
 ) -> Iterator[tuple[str, str, str, int]]:
     """(split, source, text, bytes of text) of every document, or of both ends of it."""
+    keep = sources.load_filter(config.filter)
     for piece in pieces:
         source = piece.file.source
         count = tally.counts.setdefault(source, Counter())
         skipped = tally.skipped.setdefault(source, Counter())
         digest = hashlib.sha256()
-        for document in sources.documents(piece, config.text_field, skipped, digest):
+        for document in sources.documents(piece, config.text_field, skipped, digest, keep):
             count["documents"] += 1
             for split, text, size in _split(document, piece, config, below):
                 count["heldout_documents"] += split == "heldout"
@@ -50,9 +51,10 @@ def holdout_below(config: DataConfig, parts: list[list[Piece]]) -> int:
         return 0
     wanted = int(config.holdout_fraction * 2**64)
     smallest, largest = 2**64, -1
+    keep = sources.load_filter(config.filter)
     for part in parts:
         for piece in part:
-            for document in sources.documents(piece, config.text_field, Counter()):
+            for document in sources.documents(piece, config.text_field, Counter(), keep=keep):
                 value = text_hash(document.raw)
                 if value < wanted:
                     return wanted

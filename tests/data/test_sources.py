@@ -99,6 +99,14 @@ def test_truncated_and_broken_compression(tmp_path: Path, suffix: str, compress)
     path.write_bytes(content[: len(content) - 3])
     with pytest.raises(DataError, match=r"x\.jsonl.*truncated"):
         texts(path)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"x\.jsonl.*truncated"):
+        texts(path)
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"x\.jsonl.*truncated"):
+        texts(path)
+    path.write_bytes(compress(b""))
+    assert texts(path) == []
     path.write_bytes(b"no archive at all")
     with pytest.raises(DataError, match="broken compressed data"):
         texts(path)
@@ -122,9 +130,18 @@ def test_bad_lines_name_file_and_line(tmp_path: Path, row: bytes, message: str) 
         texts(tmp_path)
 
 
-def test_lone_surrogates_in_json(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a\\ud800b \\ud83d\\ude00"}\n')
-    assert texts(tmp_path) == ["a\ufffdb 😀"]
+def test_lone_surrogates_and_nuls_in_json(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a\\ud800b \\ud83d\\ude00\\u0000\x7f"}\n{"text": "\\udc00"}\n')
+    assert texts(tmp_path) == ["a\ufffdb 😀\0\x7f", "\ufffd"]
+
+
+def test_sources_without_text(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"")
+    (tmp_path / "y.jsonl").write_bytes(b'\n{"text": ""}\n \n')
+    (tmp_path / "z.txt").write_bytes(b"")
+    skipped: Counter[str] = Counter()
+    assert texts(tmp_path, skipped=skipped) == []
+    assert skipped == {"empty": 2}
 
 
 def test_ranges_of_json_lines_hold_each_line_once(tmp_path: Path) -> None:
