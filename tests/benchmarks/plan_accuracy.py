@@ -86,13 +86,13 @@ TUNED = {
     "llama-8b": Setting("v5p:4x4x4", LLAMA_8B, 8192, 512, {"fsdp": 64}),
     "llama-70b": Setting("v5p:8x8x8", LLAMA_70B, 8192, 1024, {"fsdp": 512}),
     "offload": Setting("v5p:2x2x4", (4096, 16, 32, 8, 14336, 32000), 8192, 32, {"fsdp": 16}, "names", (), QKVA),
+    "wide": Setting("v5p:4x4x4", (8192, 8, 64, 8, 28672, 32000), 4096, 64, {"fsdp": 16, "tensor": 4}),
 }
 OTHERS = {
     "gpt": Setting(
         "v5e:2x2", (1024, 12, 16, 16, 4096, 50304), 1024, 64, {"fsdp": 4}, "none", embeddings="tied", activation="gelu"
     ),
     "context": Setting("v5p:2x2x4", (2048, 12, 16, 8, 8192, 32000), 32768, 4, {"fsdp": 4, "context": 4}),
-    "wide": Setting("v5p:4x4x4", (8192, 8, 64, 8, 28672, 32000), 4096, 64, {"fsdp": 16, "tensor": 4}),
     "tied": Setting("v5e:4x4", (2560, 20, 20, 4, 6912, 50304), 2048, 64, {"fsdp": 16}, embeddings="tied"),
     "gpt-wide": Setting(
         "v5p:2x2x2",
