@@ -143,7 +143,7 @@ def count_work(config: Config, sizes: dict[str, int], platform: str = "tpu") -> 
     again = sum(inputs * outputs for name, inputs, outputs in products if name not in kept)
     weights = sum(inputs * outputs for _, inputs, outputs in products)
     recompute = 0.0 if train.remat == "none" else again
-    layer_flops = times * 2 * tokens * (3 * weights + recompute)
+    layer_flops = times * 2 * tokens * (3 * weights + recompute + _rotations(config, parts, platform))
     vocabulary = model.vocab_size / parts["vocab"]
     loss_tokens = rows * train.sequence_length / parts["sequence"] / stages
     if parts["vocab"] == 1:
@@ -222,6 +222,18 @@ def _layer(config: Config, parts: dict[str, int]) -> tuple[list[tuple[str, float
     return products, kept, "attention" in kept
 
 
+def _rotations(config: Config, parts: dict[str, int], platform: str) -> float:
+    """Multiplications of the products that apply rotary positions on TPUs, for one token: forward, backward, again."""
+    model, train = config.model, config.train
+    if platform != "tpu" or model.positions != "rotary":
+        return 0.0
+    kept = {*train.saved, *train.offloaded}
+    found = 0.0
+    for name, heads in (("query", model.heads / parts["heads"]), ("key", model.key_value_heads / parts["kv_heads"])):
+        found += heads * model.head_width**2 * (2 + (train.remat != "none" and name not in kept))
+    return found
+
+
 def _saved(config: Config, parts: dict[str, int], tensor: int) -> tuple[float, float]:
     """Elements for each token and layer that are kept for the backward pass: on the device, and on the host."""
     model, train = config.model, config.train
@@ -269,7 +281,10 @@ def _exchanges(
     tables: float,
 ) -> list[Exchange]:
     model, train = config.model, config.train
-    on = lambda name: tuple(axis for axis in table[name] if sizes[axis] > 1)  # noqa: E731
+
+    def on(name: str) -> tuple[str, ...]:
+        return tuple(axis for axis in table[name] if sizes[axis] > 1)
+
     found = []
     rounds = train.accumulation
     reduced = F32 if train.reduce_dtype == "float32" else 2

@@ -20,7 +20,15 @@ from lm.train.state import abstract_state
 
 BASE = Config(
     model=ModelConfig(
-        layers=8, width=512, heads=8, head_dim=64, kv_heads=4, hidden=1536, vocab_size=4096, embeddings="untied"
+        layers=8,
+        width=512,
+        heads=8,
+        head_dim=64,
+        kv_heads=4,
+        hidden=1536,
+        vocab_size=4096,
+        embeddings="untied",
+        positions="none",  # rotary ones are products of their own
     ),
     train=TrainConfig(batch_size=64, sequence_length=2048, steps=10),
     optim=OptimConfig(),
@@ -111,6 +119,15 @@ def test_weights_are_gathered_twice_and_scattered_once() -> None:
     assert twice.saved == found.saved / 2
     (summed,) = work({"data": 8}).exchanges
     assert (summed.kind, summed.bytes) == ("all-reduce", 4 * parameter_count(BASE.model))
+
+
+def test_rotary_positions_are_products() -> None:
+    """On TPUs: 8 heads of queries and 4 of keys, each times 64 x 64, forward, backward, and again unless saved."""
+    config, sizes = on({"fsdp": 8}, remat="names", saved=("query",))
+    turned = dataclasses.replace(config, model=dataclasses.replace(config.model, positions="rotary"))
+    more = count_work(turned, sizes).layer_flops - count_work(config, sizes).layer_flops
+    assert more == 8 * 2 * (64 * 2048 / 8) * 64 * 64 * (2 * 8 + 3 * 4)
+    assert count_work(turned, sizes, "cpu").layer_flops == count_work(config, sizes, "cpu").layer_flops
 
 
 def test_saved_results() -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from lm import config as configs
 from lm.experiment import Config
+from lm.parallel.mesh import abstract_mesh
+from lm.plan.analytic import count_work, predict
 from lm.plan.compile import compile_train_step
 from lm.plan.program import Program, read_program
 from lm.plan.topology import topology
@@ -70,6 +72,16 @@ def test_fully_sharded() -> None:
     assert {c.group_size for c in gathered} == {4}
     # Three matrices of every layer, forward and, with full remat, again for the backward pass.
     assert sum(c.bytes * c.times for c in gathered) >= 2 * 3 * LAYERS * kernel
+
+    # What the analytic model counts for the same step, which is compiled nowhere else in the tests.
+    machine = topology("v5e:2x2").machine
+    work = count_work(config, abstract_mesh(config.mesh, 4).shape)
+    assert work.layer_flops + work.loss_flops == pytest.approx(program.product_flops, rel=0.001)
+    counted = sum(one.bytes for one in work.exchanges if one.kind == "all-gather")
+    found = sum(c.bytes * c.times for c in program.collectives if c.kind == "all-gather")
+    assert counted == pytest.approx(found, rel=0.05)
+    modelled = predict(config, machine, dict(abstract_mesh(config.mesh, 4).shape)).memory.total
+    assert modelled == pytest.approx(program.memory.total, rel=0.25)
 
     tokens = 8 * 256 // 4
     weights = LAYERS * (4 * 256 * 256 + 3 * 256 * 512) + 256 * 512
