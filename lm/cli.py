@@ -14,6 +14,8 @@ from lm.errors import ConfigError, DataError, LmError, Stopped
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from lm.data.batches import Batches
+    from lm.data.progress import Progress
     from lm.experiment import Config
     from lm.train.forecast import Expected
 
@@ -146,12 +148,22 @@ def _parser() -> argparse.ArgumentParser:
     data = add_group("data", "build and look at training data")
     verb = add(data, "build", _data_build, "tokenize the sources of a config", overrides=True)
     verb.add_argument("config", metavar="CONFIG")
+    verb.add_argument("--part", metavar="I/N", help="on machine I of N, from 1/N to N/N: its share of all parts")
     verb = add(data, "tokenizer", _data_tokenizer, "train or load a config's tokenizer, and measure it", overrides=True)
     verb.add_argument("config", metavar="CONFIG")
     verb.add_argument("--out", metavar="FILE", help="write it there")
     verb = add(data, "show", _data_show, "the text of the batch of any step", overrides=True)
     verb.add_argument("config", metavar="RUN_OR_CONFIG")
     verb.add_argument("--step", type=int, required=True, metavar="K", help="counted from 0, as in metrics.jsonl")
+    verb.add_argument("--rows", metavar="A:B", help="only these, counted from 0; default: the whole batch")
+    verb = add(data, "stats", _data_stats, "sizes, lengths, copies, ids, and what a run reads of it", overrides=True)
+    verb.add_argument("config", metavar="RUN_OR_CONFIG")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+    verb = add(data, "find", _data_find, "in which steps a text was seen", overrides=True)
+    verb.add_argument("config", metavar="RUN_OR_CONFIG")
+    verb.add_argument("text", metavar="TEXT", help="as it is in a document, exactly")
+    verb.add_argument("--limit", type=int, default=10, metavar="N", help="of the places to show; default: 10")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
 
     checkpoints = add_group("checkpoint", "look at checkpoints")
     verb = add(checkpoints, "list", _checkpoint_list, "each step and the digest of its state")
@@ -312,10 +324,16 @@ def _config_diff(options: argparse.Namespace) -> None:
 
 
 def _data_build(options: argparse.Namespace) -> None:
-    from lm.data.build import build
+    from lm.data.corpus import build_corpus, build_corpus_share
+    from lm.data.progress import Terminal
+    from lm.data.shares import parse_share
 
     config = _load(options)
-    build(config.data, config.data_dir, print)
+    progress = Terminal() if sys.stdout.isatty() else print
+    if options.part is None:
+        build_corpus(config.data, config.data_dir, progress)
+    else:
+        build_corpus_share(config.data, config.data_dir, progress, parse_share(options.part))
 
 
 def _data_tokenizer(options: argparse.Namespace) -> None:
@@ -331,17 +349,63 @@ def _data_tokenizer(options: argparse.Namespace) -> None:
 
 
 def _data_show(options: argparse.Namespace) -> None:
-    from lm.data.batches import Batches
-    from lm.data.manifest import read_tokenizer
-    from lm.data.show import show
+    from lm.data.batches import ALL_ROWS
+    from lm.data.show import parse_rows, show
 
     config = _load(options)
-    if options.step < 0:
-        raise ConfigError(f"--step must be at least 0, got {options.step}")
-    size, length = config.train.batch_size, config.train.sequence_length
-    batches = Batches(config.data_dir, "train", size, length, config.run.seed)
-    for line in show(batches, read_tokenizer(config.data_dir), options.step):
+    rows = ALL_ROWS if options.rows is None else parse_rows(options.rows, config.train.batch_size)
+    for line in show(_batches(config), options.step, rows):
         print(line)
+
+
+def _data_stats(options: argparse.Namespace) -> None:
+    from lm.data.stats import lines, stats
+
+    config = _load(options)
+    found = stats(_batches(config), config.train.steps, config.data.workers, _on_stderr())
+    print(json.dumps(found.to_dict()) if options.json else "\n".join(lines(found)))
+
+
+def _data_find(options: argparse.Namespace) -> None:
+    from lm.data.find import find, lines
+
+    config = _load(options)
+    steps, what = _steps_done(options.config, config)
+    found = find(_batches(config), options.text, steps, options.limit, _on_stderr())
+    if options.json:
+        print(json.dumps(found.to_dict()))
+        return
+    for line in lines(found):
+        print(line)
+    print(f"steps: {what}")
+
+
+def _batches(config: "Config") -> "Batches":
+    from lm.data.batches import Batches
+    from lm.data.corpus import open_corpus
+
+    corpus = open_corpus(config.data_dir, config.data)
+    return Batches(corpus, config.train.batch_size, config.train.sequence_length, config.run.seed)
+
+
+def _steps_done(source: str, config: "Config") -> tuple[int, str]:
+    """By a run, as its newest checkpoint says; of a config, or of a run that has none yet, all that are planned."""
+    planned = config.train.steps
+    if source.endswith((".py", ".json")):
+        return planned, f"all {planned:,} that the config plans"
+    from lm.train.checkpoint import list_checkpoints
+    from lm.train.run_directory import RunDirectory
+
+    done = [info.step for info in list_checkpoints(RunDirectory(source).checkpoints) if info.problem is None]
+    if not done:
+        return planned, f"all {planned:,} that are planned; the run has no checkpoint yet"
+    return max(done), f"the first {max(done):,} of {planned:,}, which the newest checkpoint has done"
+
+
+def _on_stderr() -> "Progress":
+    from lm.data.progress import Terminal
+
+    return Terminal(sys.stderr) if sys.stderr.isatty() else lambda line: print(line, file=sys.stderr)
 
 
 def _checkpoint_list(options: argparse.Namespace) -> None:

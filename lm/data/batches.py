@@ -1,24 +1,23 @@
 """The batch of step k as a pure function of (data, seed, k).
 
-The stream of N tokens is taken as a circle. Epoch e cuts it, from an offset drawn for that epoch, into
-W = ceil(N / S) windows of S tokens; sample g is window permutation(g % W) of epoch g // W; step k holds the
-samples k*B to k*B + B - 1. No state, so any step is reached at once and on any number of hosts.
+Step k holds rows k*B to k*B + B - 1 of the run. Which source a row is from, and the how-manieth row of that source it
+is, says `mixture`; which tokens that one holds, `order`. No state, so any step is reached at once and on any number of
+hosts.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 
-from lm.data.manifest import read_manifest, read_tokenizer
-from lm.data.permutation import Permutation
-from lm.data.stream import TokenStream, unmark
+from lm.data.corpus import Corpus
+from lm.data.order import ORDERS, Order, Spans
+from lm.data.prefix import Prefixes
+from lm.data.reading import Reads
+from lm.data.stream import Shelf, TokenStream, unmark
+from lm.errors import ConfigError, DataError
 
 Batch = dict[str, np.ndarray]
 
@@ -27,11 +26,19 @@ Rows = slice | np.ndarray
 
 ALL_ROWS = slice(None)
 
-_BLOCK = 2048  # windows whose places are computed at once: numpy is slow on a batch of 16
+
+class Row(NamedTuple):
+    """Where the tokens of a row are from."""
+
+    source: int
+    """Of the corpus, by its place there."""
+    epoch: int
+    spans: list[tuple[int, int]]
+    """(start, length) in the stream of the source."""
 
 
 class Batches:
-    """Shuffled batches of a split.
+    """Shuffled batches of what is trained on.
 
     A batch holds, for B rows of S tokens:
         tokens     int32 [B, S]
@@ -40,160 +47,217 @@ class Batches:
         positions  int32 [B, S]    from 0 in each document, and from 0 at the start of the row
         loss_mask  float32 [B, S]  1 where the target continues the document of the token, else 0
         bytes      int32 [B]       bytes of text that the targets in the mask stand for
-    Each token is a target exactly once in an epoch; where it begins a document it is masked. Not for
-    use by several threads at once: make one for each.
+    and with `data.prefix_rate`
+        prefix     int32 [B, S]    1 in a prefix, within which the mask is 0: see `lm.data.prefix`
+    With `data.attention` "row" a row is one segment. Each token of a source is a target exactly once in an epoch of
+    it; where it begins a document it is masked. Not for use by several threads at once: make one for each.
     """
 
-    def __init__(self, directory: epath.PathLike, split: str, batch_size: int, sequence_length: int, seed: int) -> None:
-        """Raises DataError if the directory or the split cannot be used."""
-        self._windows = _Windows(directory, split, sequence_length)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._block = functools.lru_cache(maxsize=8)(self._draw_block)
+    def __init__(self, corpus: Corpus, batch_size: int, sequence_length: int, seed: int) -> None:
+        """Raises DataError if a source has nothing to train on."""
+        _check_length(sequence_length)
+        self.corpus, self.batch_size, self.sequence_length, self._seed = corpus, batch_size, sequence_length, seed
+        self._rows = _Rows(corpus, "train", sequence_length)
+        self._prefixes = Prefixes(corpus.data.prefix_rate, seed) if corpus.data.prefix_rate else None
+        self.mixture = corpus.mixture(batch_size)
+        keys = [f"{seed}/{one.name}" if one.name else f"{seed}" for one in corpus.sources]
+        order = ORDERS[corpus.data.packing]
+        self.orders: list[Order] = [
+            order(stream, sequence_length, key) for stream, key in zip(self.streams, keys, strict=True)
+        ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Batches, (self.corpus, self.batch_size, self.sequence_length, self._seed)
 
     @property
-    def stream(self) -> TokenStream:
-        return self._windows.stream
+    def streams(self) -> list[TokenStream]:
+        """Of each source."""
+        return self._rows.streams
 
     @property
-    def windows_per_epoch(self) -> int:
-        return self._windows.count
+    def reads(self) -> Reads:
+        """All that is read for batches goes through it."""
+        return self._rows.reads
 
-    def epoch_of(self, step: int) -> int:
-        """The epoch that the first row of the step belongs to."""
-        return step * self._batch_size // self.windows_per_epoch
+    def epochs(self, step: int) -> list[float]:
+        """How often each source has been read before the step."""
+        counts = self.mixture.counts(step * self.batch_size)
+        return [
+            counts[one.name] / order.rows_per_epoch for one, order in zip(self.corpus.sources, self.orders, strict=True)
+        ]
+
+    def check_epochs(self, steps: int) -> None:
+        """Raises ConfigError when a run of so many steps would read a source more often than its `max_epochs`."""
+        for one, epochs in zip(self.corpus.sources, self.epochs(steps), strict=True):
+            limit = self.corpus.max_epochs(one.name)
+            if limit is not None and epochs > limit:
+                raise ConfigError(
+                    f"{one.title}: {epochs:.2f} epochs in {steps} steps, more than its max_epochs of {limit:g}: it has "
+                    f"{one.manifest.tokens('train'):,} tokens. Fewer steps, a smaller weight, or more data"
+                )
 
     def batch(self, step: int, rows: Rows = ALL_ROWS) -> Batch:
         """The batch of the step, or the `rows` of it that this host needs."""
-        return self._windows.pack(*self.places(step, rows))
+        made = self._rows.pack(*self.places(step, rows))
+        if self._prefixes is None:
+            return made
+        return self._with_prefixes(made, self._numbers(step, rows), self._prefixes)
 
     def shapes(self) -> Batch:
         """Zeros in the shapes and types of a whole batch, without memory of their size: nothing is read."""
-        one = self._windows.pack(np.zeros(1, np.int64), np.zeros(1, np.int64))
-        return {name: np.broadcast_to(x[0] * 0, (self._batch_size, *x.shape[1:])) for name, x in one.items()}
+        nothing = np.zeros(0, np.int64)
+        one = self._rows.pack(np.zeros(1, np.int64), Spans(nothing, nothing, nothing))
+        if self._prefixes is not None:
+            one = self._with_prefixes(one, np.zeros(1, np.int64), self._prefixes)
+        return {name: np.broadcast_to(x[0] * 0, (self.batch_size, *x.shape[1:])) for name, x in one.items()}
 
-    def places(self, step: int, rows: Rows = ALL_ROWS) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [B] positions in the stream where the rows begin, int64 [B] tokens in each."""
-        turn, window = divmod(step * self._batch_size, self.windows_per_epoch)
+    def places(self, step: int, rows: Rows = ALL_ROWS) -> tuple[np.ndarray, Spans]:
+        """int64 [B] the source of each row, and the stretches of that source that are in it."""
+        source, index = self.mixture.deal(self._numbers(step, rows))
         found = []
-        missing = self._batch_size
-        while missing:
-            block, skip = divmod(window, _BLOCK)
-            places = self._block(turn, block)[:, skip : skip + missing]
-            found.append(places)
-            missing -= places.shape[1]
-            window += places.shape[1]
-            if window == self.windows_per_epoch:
-                turn, window = turn + 1, 0
-        start, length = np.concatenate(found, axis=1)[:, rows]
-        return start, length
+        for one in sorted({*source.tolist()}):
+            here = np.flatnonzero(source == one)
+            spans = self.orders[one].spans(index[here])
+            found.append(spans._replace(row=here[spans.row]))
+        if len(found) == 1:
+            return source, found[0]
+        spans = Spans(*(np.concatenate(part) for part in zip(*found, strict=True)))
+        order = np.argsort(spans.row, kind="stable")
+        return source, Spans(*(part[order] for part in spans))
 
-    def loader(self, start_step: int, stop_step: int, rows: Rows = ALL_ROWS, ahead: int = 4) -> Loader:
-        """The batches of the steps from `start_step` up to `stop_step`, made ahead in another thread."""
-        return Loader(self, start_step, stop_step, rows, ahead)
+    def rows(self, step: int, rows: Rows = ALL_ROWS) -> list[Row]:
+        """What `places` says, row by row."""
+        source, index = self.mixture.deal(self._numbers(step, rows))
+        _, spans = self.places(step, rows)
+        found = [
+            Row(one, number // self.orders[one].rows_per_epoch, [])
+            for one, number in zip(source.tolist(), index.tolist(), strict=True)
+        ]
+        for row, start, length in np.stack(spans, axis=1).tolist():
+            found[row].spans.append((start, length))
+        return found
 
-    def _draw_block(self, epoch: int, block: int) -> np.ndarray:
-        """int64 [2, n] starts and lengths of windows `block * _BLOCK` and on, in the epoch's order."""
-        size, length, tokens = self.windows_per_epoch, self._windows.length, self.stream.tokens
-        key = f"{self._seed}/{epoch}"
-        drawn = hashlib.sha256(f"offset/{key}".encode()).digest()
-        offset = int.from_bytes(drawn[:8], "big") % length
-        order = Permutation(size, f"order/{key}")
-        begin = order(np.arange(block * _BLOCK, min((block + 1) * _BLOCK, size))) * length
-        return np.stack([(offset + begin) % tokens, np.minimum(length, tokens - begin)])
+    def rows_with(self, source: int, position: int, tokens: int, before: int) -> Iterator[tuple[int, int, int]]:
+        """(step, row in it, tokens) of each row before step `before` that reads some of these tokens of a source."""
+        order, stop = self.orders[source], position + tokens
+        for epoch in range(int(self.epochs(before)[source]) + 1):
+            at = position
+            while at < stop:
+                index = epoch * order.rows_per_epoch + order.row_with(epoch, at)
+                _, start, length = order.spans([index])
+                together = min(stop - at, int((length - (at - start) % order.stream.tokens).max()))
+                row = self.mixture.rows(source, index)
+                if row is not None and row < before * self.batch_size:
+                    yield *divmod(row, self.batch_size), together
+                at += together
+
+    def _with_prefixes(self, batch: Batch, numbers: np.ndarray, prefixes: Prefixes) -> Batch:
+        inside, within = prefixes(batch["segments"], numbers)
+        mask = (batch["loss_mask"] > 0) & ~within
+        size = self._rows.count_bytes(batch["targets"], mask)
+        return batch | {"prefix": inside.astype(np.int32), "loss_mask": mask.astype(np.float32), "bytes": size}
+
+    def _numbers(self, step: int, rows: Rows) -> np.ndarray:
+        """int64 [n] of the rows, counted through the run."""
+        return (step * self.batch_size + np.arange(self.batch_size))[rows]
 
 
 class Evaluation:
-    """The windows of a split in order, from the start: each token is a target at most once.
+    """The windows of a split of all sources in order, from the start: each token is a target at most once.
 
     The last batch is filled up with rows of padding, whose loss mask is 0. Batches are as in `Batches`.
     """
 
-    def __init__(self, directory: epath.PathLike, split: str, batch_size: int, sequence_length: int) -> None:
-        """Raises DataError if the directory or the split cannot be used."""
-        self._windows = _Windows(directory, split, sequence_length)
+    def __init__(self, corpus: Corpus, split: str, batch_size: int, sequence_length: int) -> None:
+        """Raises DataError if the split is empty."""
+        _check_length(sequence_length)
+        self._rows = _Rows(corpus, split, sequence_length)
         self._batch_size = batch_size
+        self._ends = np.cumsum([-(-stream.tokens // sequence_length) for stream in self._rows.streams])
+
+    @property
+    def reads(self) -> Reads:
+        """All that is read for batches goes through it."""
+        return self._rows.reads
 
     def __len__(self) -> int:
-        return -(-self._windows.count // self._batch_size)
+        return -(-int(self._ends[-1]) // self._batch_size)
 
     def batch(self, index: int, rows: Rows = ALL_ROWS) -> Batch:
         """Batch `index` of `len(self)`, or `rows` of it."""
         window = np.arange(index * self._batch_size, (index + 1) * self._batch_size)[rows]
-        start = window * self._windows.length
-        tokens = self._windows.stream.tokens
-        return self._windows.pack(start % tokens, np.clip(tokens - start, 0, self._windows.length))
+        there = np.flatnonzero(window < self._ends[-1])
+        source = np.searchsorted(self._ends, window, side="right")
+        begins = np.concatenate([[0], self._ends])
+        start = (window - begins[source])[there] * self._rows.length
+        tokens = np.array([stream.tokens for stream in self._rows.streams])[source[there]]
+        return self._rows.pack(source, Spans(there, start, np.minimum(tokens - start, self._rows.length)))
 
 
-class Loader:
-    """Iterates over (step, batch); `close` ends its thread."""
+class _Rows:
+    """Reads stretches of the streams of a split and makes rows of them."""
 
-    def __init__(self, batches: Batches, start_step: int, stop_step: int, rows: Rows, ahead: int) -> None:
-        import grain  # takes a second, which looking at data should not
-
-        def make(step: int) -> tuple[int, Batch]:
-            return int(step), batches.batch(int(step), rows)
-
-        # More threads are slower: the work is short numpy calls that hold the interpreter's lock.
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
-        dataset = grain.MapDataset.range(start_step, stop_step).map(make).to_iter_dataset(options)
-        self._iterator: Any = iter(dataset)
-
-    def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        return self
-
-    def __next__(self) -> tuple[int, Batch]:
-        return next(self._iterator)
-
-    def close(self) -> None:
-        self._iterator.close()
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class _Windows:
-    """Reads windows of a split's stream, which is closed to a circle, and packs them."""
-
-    def __init__(self, directory: epath.PathLike, split: str, sequence_length: int) -> None:
-        if sequence_length < 1:
-            raise ValueError(f"sequence_length must be positive, got {sequence_length}")
-        manifest = read_manifest(directory)
-        self.stream = TokenStream(directory, split, manifest)
+    def __init__(self, corpus: Corpus, split: str, sequence_length: int) -> None:
+        shelf = Shelf()
+        self.reads = shelf.reads
+        self.streams = []
+        for one in corpus.sources:
+            if one.manifest.tokens(split) or len(corpus.sources) == 1:
+                self.streams.append(TokenStream(one.directory, split, one.manifest, shelf, one.name))
+            elif split == "train":
+                raise DataError(f"source {one.name}: {one.directory} has nothing to train on")
+        if not self.streams:
+            raise DataError(f"{corpus.directory}: the {split} split is empty; see data.holdout_fraction")
         self.length = sequence_length
-        self.count = -(-self.stream.tokens // sequence_length)
-        self._token_bytes = read_tokenizer(directory, manifest).token_bytes
+        self._by_document = corpus.data.attention == "document"
+        self._token_bytes = corpus.tokenizer.token_bytes
 
-    def pack(self, start: np.ndarray, length: np.ndarray) -> Batch:
-        """A row for each window: `length` tokens from position `start`, then padding."""
-        shape = (len(start), self.length + 1)
-        marked = np.zeros(shape, np.int32)
-        end = self.stream.tokens
-        for row, (first, count) in enumerate(zip(start.tolist(), length.tolist(), strict=True)):
-            wanted = count + 1 if count else 0  # the last target too
-            here = min(wanted, end - first)
-            self.stream.fill(first, marked[row, :here])
-            if here < wanted:
-                self.stream.fill(0, marked[row, here:wanted])
-        tokens, begins = unmark(marked)
-        column = np.arange(self.length, dtype=np.int32)
-        inside = column < length[:, None]
-        mask = inside & ~begins[:, 1:]
-        begins[:, 0] = True
-        begun = begins[:, :-1]
-        segments = np.cumsum(begun, axis=1, dtype=np.int32) * inside
-        positions = (column - np.maximum.accumulate(np.where(begun, column, 0), axis=1)) * inside
-        targets = np.ascontiguousarray(tokens[:, 1:]) * inside
+    def pack(self, source: np.ndarray, spans: Spans) -> Batch:
+        """Rows of the streams number int [B] `source`, whose `spans` fill them from the left; the rest is padding."""
+        count, length = len(source), self.length
+        before = np.cumsum(spans.length) - spans.length
+        begin = spans.row * length + before - before[np.searchsorted(spans.row, spans.row)]
+        end = begin + spans.length
+        # Of each span the last target too, which the next span then writes over.
+        marked, last = np.zeros(count * length + 1, np.int32), np.empty(len(end), np.int32)
+        streams = [self.streams[i] for i in source[spans.row].tolist()]
+        places = zip(streams, spans.start.tolist(), begin.tolist(), end.tolist(), strict=True)
+        for number, (stream, start, first, stop) in enumerate(places):
+            stream.fill(start, marked[first : stop + 1])
+            last[number] = marked[stop]
+        following = marked[1:].copy()
+        following[end - 1] = last
+        shape = (count, length)
+        inputs, begun = unmark(marked[:-1].reshape(shape))
+        targets, ends = unmark(following.reshape(shape))
+        begun.reshape(-1)[begin] = True
+        mask, inside = ~ends, np.ones((1, 1), bool)
+        if spans.length.sum() < count * length:
+            edges = np.zeros(count * length + 1, np.int8)
+            edges[begin] += 1
+            edges[end] -= 1
+            inside = np.cumsum(edges[:-1], dtype=np.int8).astype(bool).reshape(shape)
+            inputs, targets, mask = inputs * inside, targets * inside, mask & inside
+        columns = np.arange(length, dtype=np.int32)
+        if self._by_document:
+            segments = np.cumsum(begun, axis=1, dtype=np.int32) * inside
+            positions = (columns - np.maximum.accumulate(np.where(begun, columns, 0), axis=1)) * inside
+        else:
+            segments, positions = (np.broadcast_to(x, shape) * inside for x in (np.int32(1), columns))
         return {
-            "tokens": np.ascontiguousarray(tokens[:, :-1]) * inside,
+            "tokens": inputs,
             "targets": targets,
             "segments": segments,
             "positions": positions,
             "loss_mask": mask.astype(np.float32),
-            "bytes": (self._token_bytes[targets] * mask).sum(axis=1, dtype=np.int32),
+            "bytes": self.count_bytes(targets, mask),
         }
+
+    def count_bytes(self, targets: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """int32 [B] bytes of text that the targets in the mask, [B, S] both, stand for."""
+        return (self._token_bytes[targets] * mask).sum(axis=1, dtype=np.int32)
+
+
+def _check_length(sequence_length: int) -> None:
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length must be positive, got {sequence_length}")

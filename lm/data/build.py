@@ -7,36 +7,19 @@ what the parts are parts of; `manifest.json` is written last and is all that rea
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
-import dataclasses
-import functools
 import json
-import multiprocessing
 import os
-import signal
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 from etils import epath
 
-from lm.data import files, sources
+from lm.data import files, sources, workers
 from lm.data.config import DataConfig
-from lm.data.manifest import (
-    FILE,
-    SPLITS,
-    Manifest,
-    SourceCount,
-    TokenizerRecord,
-    read_manifest,
-    token_dtype,
-)
+from lm.data.duplicates import FOLDERS, check_library, find_duplicates
+from lm.data.manifest import FILE, SPLITS, Manifest, SourceCount, TokenizerRecord, read_manifest
+from lm.data.middle import find_sentinels
+from lm.data.overlap import INDEX, collect_overlap, index_evaluation_sets, overlap_lines
+from lm.data.parts import Job, added, build_part
 from lm.data.plan import (
     PART_FILES,
     PLAN,
@@ -50,40 +33,72 @@ from lm.data.plan import (
     setting_differences,
     settings_of,
 )
-from lm.data.records import Shard, ShardWriter
-from lm.data.sources import File, Piece
-from lm.data.splits import Tally, holdout_below, split_pieces
+from lm.data.progress import Meter, Progress
+from lm.data.records import Shard
+from lm.data.shares import Share, wait_until
+from lm.data.sources import File
+from lm.data.splits import holdout_below
 from lm.data.tokenizers import FILE_NAMES, Tokenizer, load_tokenizer
-from lm.data.vocabulary import make_tokenizer
+from lm.data.vocabulary import Sample, make_tokenizer
 from lm.errors import DataError
 
-_BATCH_BYTES = 4 << 20  # of text that is in memory at once in each process, whatever the input
+PREPARED = "prepared.json"
+"""Says, while a directory is being built, that what all parts need is there."""
 
 
-def build(config: DataConfig, directory: epath.PathLike, progress: Callable[[str], None]) -> Manifest:
+def build(
+    config: DataConfig,
+    directory: epath.PathLike,
+    progress: Progress,
+    tokenizer: Tokenizer | None = None,
+) -> Manifest:
     """Tokenises what `config` names into `directory`, or finds that this has been done.
 
     What was built is taken as it is, also when its sources have changed since or are not on this machine.
-    The result does not depend on the number of processes.
+    The result does not depend on the number of processes. `tokenizer`: one that is shared with other sources, in place
+    of the one that `config` says.
 
     Raises:
         DataError: bad input; or the directory holds data built with other settings or `paths`, or the
             unfinished build of sources that have changed.
-        ConfigError: `data.filter` cannot be imported.
+        ConfigError: `data.filter` cannot be imported, or a library that is needed is not installed.
         StorageError: the result cannot be written.
+    """
+    manifest = build_share(config, directory, progress, tokenizer)
+    assert manifest is not None  # of one share, nothing is left to others
+    return manifest
+
+
+def build_share(
+    config: DataConfig,
+    directory: epath.PathLike,
+    progress: Progress,
+    tokenizer: Tokenizer | None = None,
+    share: Share = Share(),  # noqa: B008
+) -> Manifest | None:
+    """Like `build`, on one of several machines that see the same directory and sources. None: others are not done.
+
+    Each builds its parts, and whichever ends last finishes the data. One that was stopped is started again with the
+    same share; or `build` does what is missing.
     """
     folder = epath.Path(directory)
     if (folder / FILE).exists():  # before the lock: the directory may be one that cannot be written
         return _as_built(config, folder, progress)
     sources.load_filter(config.filter)  # before anything is read: its name may be mistaken
-    listed = sources.list_files(config.paths, config.holdout_paths)
-    with files.sole_writer(folder, lambda: progress(f"another process is building {folder}; waiting for it")):
+    check_library(config)
+    listed = sources.list_files(config.paths, config.holdout_paths, config.tokens)
+
+    def waiting() -> None:
+        progress(f"another process is building {folder}; waiting for it")
+
+    with files.sole_writer(folder, waiting, share.lock):
         if not (folder / FILE).exists():
-            return _build(config, folder, listed, progress)
+            files.remove_abandoned(folder)  # by builds that were killed: they may fill the disk
+            return _build(config, folder, listed, progress, tokenizer, share)
     return _as_built(config, folder, progress)
 
 
-def _as_built(config: DataConfig, folder: epath.Path, progress: Callable[[str], None]) -> Manifest:
+def _as_built(config: DataConfig, folder: epath.Path, progress: Progress) -> Manifest:
     stored = read_plan(folder)
     settings = settings_of(config)
     refuse(folder, setting_differences(stored, settings))
@@ -91,7 +106,7 @@ def _as_built(config: DataConfig, folder: epath.Path, progress: Callable[[str], 
     changed = f"sources changed since; using the data as built; delete {folder} to build anew"
     same_paths = stored.get("paths") == list(config.paths)
     try:
-        listed = sources.list_files(config.paths, config.holdout_paths)
+        listed = sources.list_files(config.paths, config.holdout_paths, config.tokens)
     except DataError:
         if not any(sources.present(p) for p in config.paths + config.holdout_paths):
             progress("the sources are not here; using the data as built")
@@ -112,7 +127,36 @@ def _as_built(config: DataConfig, folder: epath.Path, progress: Callable[[str], 
     return read_manifest(folder)
 
 
-def _build(config: DataConfig, folder: epath.Path, listed: list[File], progress: Callable[[str], None]) -> Manifest:
+def _build(
+    config: DataConfig,
+    folder: epath.Path,
+    listed: list[File],
+    progress: Progress,
+    shared: Tokenizer | None,
+    share: Share,
+) -> Manifest | None:
+    if share.first:
+        plan, tokenizer = _prepare(config, folder, listed, progress, shared)
+    else:
+        ready = _prepared(config, folder, listed, progress, share)
+        if ready is None:
+            return read_manifest(folder)
+        plan, tokenizer = ready
+    _build_parts(config, folder, plan, share, progress)
+    absent = sum(not part_file(folder, part).exists() for part in range(len(plan.parts)))
+    if absent:
+        progress(
+            f"share {share} of {folder} is built; {absent} of {len(plan.parts)} parts are still to come from other "
+            "machines. The last one finishes the data; `lm data build` without --part builds all that is missing"
+        )
+        return None
+    return _finish(config, folder, plan, tokenizer, progress)
+
+
+def _prepare(
+    config: DataConfig, folder: epath.Path, listed: list[File], progress: Progress, shared: Tokenizer | None
+) -> tuple[Plan, Tokenizer]:
+    """What all parts need, written once."""
     settings = settings_of(config)
     # Before the first part is done nothing depends on an earlier plan, which may be of a mistaken config.
     begun = any(folder.glob(PART_FILES))
@@ -130,53 +174,62 @@ def _build(config: DataConfig, folder: epath.Path, listed: list[File], progress:
     if begun and path.exists():
         tokenizer = _kept_tokenizer(config, folder)
     else:
-        tokenizer = make_tokenizer(config, parts, plan.holdout_below, progress)
+        tokenizer = shared or make_tokenizer(config, [Sample(config, parts, plan.holdout_below)], progress)
+        if config.fim_rate:
+            find_sentinels(tokenizer, config.fim_tokens)  # before anything is built: it may have none
         files.write_atomically(path, tokenizer.serialize())
-    _build_parts(config, folder, plan, tokenizer, progress)
-    for abandoned in folder.glob("*.tmp"):  # by builds that were killed
-        abandoned.unlink(missing_ok=True)
+    if config.overlap_paths and not (begun and (folder / INDEX).exists()):
+        index_evaluation_sets(config, folder / INDEX, progress)
+    files.write_json(folder / PREPARED, {"plan": plan.identity, "tokenizer": tokenizer.fingerprint})
+    return plan, tokenizer
+
+
+def _prepared(
+    config: DataConfig, folder: epath.Path, listed: list[File], progress: Progress, share: Share
+) -> tuple[Plan, Tokenizer] | None:
+    """What the first of several machines wrote; waits until it is there. None: meanwhile others have built all."""
+    plan: Plan | None = None
+
+    def there() -> bool:
+        nonlocal plan
+        if (folder / FILE).exists():
+            return True
+        stored = read_plan(folder)
+        if not stored or not (folder / PREPARED).exists():
+            return False
+        limit = stored["part_bytes"]
+        plan = Plan(config.paths, settings_of(config), limit, divide(listed, limit), stored["holdout_below"])
+        different = [*setting_differences(stored, plan.settings), *file_differences(folder, stored, plan)]
+        if different and any(folder.glob(PART_FILES)):  # until then it may be of an earlier, mistaken config
+            refuse(folder, different)
+        return not different and json.loads((folder / PREPARED).read_text())["plan"] == plan.identity
+
+    wait_until(there, f"share 1/{share.count} to write plan and tokenizer of this config and these files", progress)
+    return None if plan is None or (folder / FILE).exists() else (plan, _kept_tokenizer(config, folder))
+
+
+def _finish(config: DataConfig, folder: epath.Path, plan: Plan, tokenizer: Tokenizer, progress: Progress) -> Manifest:
     manifest = _collect(config, folder, plan, tokenizer)
+    for abandoned in folder.glob("*.tmp"):  # by builds that were killed, on any machine
+        if not abandoned.name.startswith(FILE):  # which another machine may be writing
+            abandoned.unlink(missing_ok=True)
+    for finished in folder.glob(FOLDERS):
+        (folder / finished.name).rmtree(missing_ok=True)
+    for temporary in (PREPARED, INDEX):
+        (folder / temporary).unlink(missing_ok=True)
     files.write_json(folder / FILE, manifest.to_dict())
+    left_out = Counter[str]()
+    for source in manifest.sources.values():
+        left_out.update(source.skipped)
+    if left_out:
+        progress("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items())))
+    for line in overlap_lines(manifest.overlap) if manifest.overlap else ():
+        progress(line)
     progress(
         f"built {folder}: {manifest.tokens('train'):,} tokens to train on, "
         f"{manifest.tokens('heldout'):,} held out, vocabulary {tokenizer.vocab_size}"
     )
     return manifest
-
-
-@dataclass(frozen=True)
-class Job:
-    """A part to build, as it is sent to another process."""
-
-    config: DataConfig
-    folder: str
-    index: int
-    pieces: list[Piece]
-    holdout_below: int
-
-
-def build_part(job: Job) -> dict[str, Any]:
-    """Writes the shards of one part and then its record, which is also returned."""
-    folder = epath.Path(job.folder)
-    tokenizer = _loaded(job.config.tokenizer.kind, folder / FILE_NAMES[job.config.tokenizer.kind])
-    dtype = token_dtype(tokenizer.vocab_size)
-    writers: dict[str, ShardWriter] = {}
-    tally = Tally()
-    for batch in _batched(split_pieces(job.pieces, job.config, job.holdout_below, tally)):
-        encoded = tokenizer.encode_batch([text for _, _, text, _ in batch])
-        for (split, source, _, size), ids in zip(batch, encoded, strict=True):
-            if split not in writers:
-                path = folder / f"{split}-{job.index:05d}.array_record"
-                writers[split] = ShardWriter(path, dtype)
-            writers[split].add(np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])), size)
-            tally.counts[source].update(tokens=len(ids) + 2, bytes=size)
-    record = {
-        "shards": {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()},
-        "sources": {name: {**tally.counts[name], "skipped": tally.skipped[name]} for name in tally.counts},
-        "hashes": tally.hashes,
-    }
-    files.write_json(part_file(folder, job.index), record)
-    return record
 
 
 def _kept_tokenizer(config: DataConfig, folder: epath.Path) -> Tokenizer:
@@ -195,82 +248,45 @@ def _kept_tokenizer(config: DataConfig, folder: epath.Path) -> Tokenizer:
     return kept
 
 
-def _build_parts(
-    config: DataConfig, folder: epath.Path, plan: Plan, tokenizer: Tokenizer, progress: Callable[[str], None]
-) -> None:
-    jobs = [
-        Job(config, os.fspath(folder), index, pieces, plan.holdout_below)
-        for index, pieces in enumerate(plan.parts)
-        if not part_file(folder, index).exists()
-    ]
-    if len(jobs) < len(plan.parts):
-        progress(f"{len(plan.parts) - len(jobs)} of {len(plan.parts)} parts are there; going on")
-    started = time.monotonic()
-    total = sum(piece.stop - piece.start for job in jobs for piece in job.pieces)
-    done = 0
-    with contextlib.closing(_run(jobs, config.workers or os.cpu_count() or 1)) as finished:
-        for count, job in enumerate(finished, 1):
-            done += sum(piece.stop - piece.start for piece in job.pieces)
-            rate = done / (time.monotonic() - started)
-            progress(
-                f"tokenised {count} of {len(jobs)} parts, {done / 1e6:.1f} of {total / 1e6:.1f} MB, "
-                f"{rate / 1e6:.1f} MB/s, {(total - done) / rate if rate else 0:.0f} s left"
-            )
-
-
-def _run(jobs: list[Job], workers: int) -> Generator[Job, None, None]:
-    """Builds the parts and yields each when it is done. Ended early, it ends the processes at once."""
-    if min(workers, len(jobs)) <= 1:
-        for job in jobs:
-            build_part(job)
-            yield job
+def _build_parts(config: DataConfig, folder: epath.Path, plan: Plan, share: Share, progress: Progress) -> None:
+    missing = [part for part in range(len(plan.parts)) if share.has(part) and not part_file(folder, part).exists()]
+    if not missing:
         return
-    others = set(multiprocessing.active_children())
-    # spawn: the parent may run threads (of jax, of this module's callers) that a fork would not survive.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(jobs)), multiprocessing.get_context("spawn"), _end_with_parent
-    )
-    try:
-        futures = {pool.submit(build_part, job): job for job in jobs}
-        for future in concurrent.futures.as_completed(futures):
-            future.result()
-            yield futures[future]
-        pool.shutdown()
-    except BrokenProcessPool:
-        raise DataError(
-            "a process of the build was killed, perhaps for lack of memory; start it again to go on, "
-            "with a smaller data.workers if it was memory"
-        ) from None
-    finally:
-        # A running part may take long, and one that is not finished is built again anyway.
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
-        pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all; only the parent has to speak
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    mine = sum(share.has(part) for part in range(len(plan.parts)))
+    if len(missing) < mine:
+        progress(f"{mine - len(missing)} of {mine} parts are there; going on")
+    found = None
+    if config.duplicates != "keep":
+        found = find_duplicates(config, folder, plan, share, progress)
+        if found is None:  # meanwhile others have built all
+            return
+    jobs = [
+        Job(config, os.fspath(folder), part, plan.parts[part], plan.holdout_below, found and os.fspath(found))
+        for part in missing
+    ]
+    meter = Meter("tokenising", sum(piece.stop - piece.start for job in jobs for piece in job.pieces), progress)
+    for _ in workers.run(build_part, jobs, config.workers, meter):
+        pass
+    meter.finish()
 
 
 def _collect(config: DataConfig, folder: epath.Path, plan: Plan, tokenizer: Tokenizer) -> Manifest:
     splits: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     counts: dict[str, Counter[str]] = {}
     skipped: dict[str, Counter[str]] = {}
+    checksums: dict[str, str | None] = {}
+    overlaps = []
     for index in range(len(plan.parts)):
         record = json.loads(part_file(folder, index).read_text())
         for split, shard in record["shards"].items():
             splits[split].append(Shard(**shard))
         for source, count in record["sources"].items():
             skipped.setdefault(source, Counter()).update(count.pop("skipped"))
+            before, checksum = checksums.get(source, f"{0:064x}"), count.pop("checksum", None)
+            # Parts that an earlier version built have none.
+            checksums[source] = None if before is None or checksum is None else added(before, checksum)
             counts.setdefault(source, Counter()).update(count)
+        overlaps.append(record.get("overlap"))
     if not splits["train"]:
         left = "; all text was held out" if splits["heldout"] else ""
         raise DataError(f"data.paths: no document to train on in {', '.join(config.paths)}{left}")
@@ -278,23 +294,10 @@ def _collect(config: DataConfig, folder: epath.Path, plan: Plan, tokenizer: Toke
         raise DataError("data: no text was held out; check data.holdout_paths and data.holdout_fraction")
     return Manifest(
         TokenizerRecord(tokenizer.kind, tokenizer.file_name, tokenizer.fingerprint, tokenizer.vocab_size),
-        {source: SourceCount(**counts[source], skipped=dict(skipped[source])) for source in counts},
+        {
+            source: SourceCount(**counts[source], skipped=dict(skipped[source]), checksum=checksums[source])
+            for source in counts
+        },
         {split: tuple(shards) for split, shards in splits.items()},
+        collect_overlap(overlaps, removed=config.overlap == "remove") if config.overlap_paths else None,
     )
-
-
-def _batched(texts: Iterable[tuple[str, str, str, int]]) -> Iterator[list[tuple[str, str, str, int]]]:
-    batch, size = [], 0
-    for item in texts:
-        batch.append(item)
-        size += item[3]
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded(kind: str, path: epath.Path) -> Tokenizer:
-    return load_tokenizer(kind, path)

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from lm.data import sources
 from lm.data.config import DataConfig
-from lm.data.plan import divide, part_bytes
-from lm.data.splits import holdout_below
+from lm.data.corpus import samples
 from lm.data.tokenizers import Tokenizer
 from lm.data.vocabulary import make_tokenizer, unseen_text
 
@@ -26,14 +24,11 @@ def report(config: DataConfig, progress: Callable[[str], None]) -> Tokenizer:
         DataError: bad input.
         ConfigError: `data.filter` cannot be imported.
     """
-    sources.load_filter(config.filter)
-    listed = sources.list_files(config.paths, config.holdout_paths)
-    parts = divide(listed, part_bytes(listed))
-    below = holdout_below(config, parts)
-    tokenizer = make_tokenizer(config, parts, below, progress)
+    text = samples(config)
+    tokenizer = make_tokenizer(config, text, progress)
     begin, end = tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id)
     progress(f"{tokenizer.kind}: {tokenizer.vocab_size} tokens; a document begins with {begin} and ends with {end}")
-    for line in lines(*measure(tokenizer, unseen_text(config, parts, below, _REPORT_BYTES))):
+    for line in lines(*measure(tokenizer, unseen_text(text, _REPORT_BYTES))):
         progress(line)
     return tokenizer
 

@@ -7,6 +7,8 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 from etils import epath
 
+from lm.data.remote import opened
 from lm.errors import StorageError
 
 
@@ -37,6 +40,8 @@ def write_atomically(path: epath.Path, data: bytes) -> None:
         temporary.write_bytes(data)
         publish(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):  # a full disk needs the room
+            temporary_for(path).unlink(missing_ok=True)
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
@@ -47,10 +52,30 @@ def write_json(path: epath.Path, content: dict[str, Any]) -> None:
 
 def temporary_for(path: epath.Path) -> Path:
     """A local file to write what `publish` will then put at `path`."""
-    name = f"{path.name}.{os.getpid()}.tmp"
+    name = f"{path.name}.{platform.node()}.{os.getpid()}.tmp"  # machines may share a folder
     if is_remote(path):
         return Path(tempfile.gettempdir()) / name
     return Path(os.fspath(path)).with_name(name)
+
+
+def remove_abandoned(folder: epath.Path) -> None:
+    """Removes, below a local folder, what `temporary_for` named in processes of this machine that are gone."""
+    if is_remote(folder):
+        return
+    for path in Path(os.fspath(folder)).rglob(f"*.{platform.node()}.*.tmp"):
+        process = path.name.split(".")[-2]
+        if process.isdecimal() and not _is_alive(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def publish(temporary: Path, path: epath.Path) -> None:
@@ -65,7 +90,7 @@ def publish(temporary: Path, path: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def sole_writer(folder: epath.Path, waiting: Callable[[], None]) -> Iterator[None]:
+def sole_writer(folder: epath.Path, waiting: Callable[[], None], name: str = "build.lock") -> Iterator[None]:
     """Lets one process after the other write in a local folder; calls `waiting` if another one is in it.
 
     The lock ends with the process that holds it, however that ends. A bucket has none.
@@ -76,7 +101,7 @@ def sole_writer(folder: epath.Path, waiting: Callable[[], None]) -> Iterator[Non
     if is_remote(folder):
         yield
         return
-    path = Path(os.fspath(folder)) / "build.lock"
+    path = Path(os.fspath(folder)) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab")
@@ -93,18 +118,28 @@ def sole_writer(folder: epath.Path, waiting: Callable[[], None]) -> Iterator[Non
         yield
 
 
-def local_copy(path: epath.Path, size: int, digest: str) -> str:
+def local_copy(path: epath.PathLike, size: int, digest: str) -> str:
     """The name of a local file with what is at `path`; of a file in a bucket a copy is made and kept.
 
     The copy is named by `digest`, which stands for the content, so a copy is never out of date.
+
+    Raises:
+        DataError: the file in the bucket cannot be read.
+        OSError: there is no room for the copy.
     """
     if not is_remote(path):
         return os.fspath(path)
     name = hashlib.sha256(f"{path}\0{digest}".encode()).hexdigest()[:32]
     copy = Path(tempfile.gettempdir()) / f"lm-data-{os.getuid()}" / name
-    if not copy.exists() or copy.stat().st_size != size:
-        copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = copy.with_name(f"{name}.{os.getpid()}.tmp")
-        path.copy(temporary, overwrite=True)
-        temporary.replace(copy)
+    copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with copy.with_name(f"{name}.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever waited finds it there
+        if not copy.exists() or copy.stat().st_size != size:
+            temporary = copy.with_name(f"{name}.tmp")
+            try:
+                with opened(os.fspath(path), size) as source, temporary.open("wb") as target:
+                    shutil.copyfileobj(source, target, 4 << 20)
+                temporary.replace(copy)
+            finally:
+                temporary.unlink(missing_ok=True)  # a full disk needs the room
     return os.fspath(copy)

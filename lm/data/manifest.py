@@ -27,7 +27,12 @@ class SourceCount:
     heldout_documents: int = 0
     bytes: int = 0
     tokens: int = 0
+    fim_documents: int = 0
+    """Those whose middle was moved to their end."""
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    checksum: str | None = None
+    """The sum of the sha256 of all documents that were read, modulo 2^256: of the same documents the same, however they
+    lay in files. None for what earlier versions built."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Manifest:
     tokenizer: TokenizerRecord
     sources: dict[str, SourceCount]
     splits: dict[str, tuple[Shard, ...]]
+    overlap: dict[str, Any] | None = None
+    """With evaluation sets, where the config names some: their files, the documents by source, the worst of them."""
 
     @property
     def fingerprint(self) -> str:
@@ -86,6 +93,7 @@ def read_manifest(directory: epath.PathLike) -> Manifest:
             TokenizerRecord(**fields["tokenizer"]),
             {name: SourceCount(**count) for name, count in fields["sources"].items()},
             {split: tuple(Shard(**shard) for shard in fields["splits"][split]) for split in SPLITS},
+            fields.get("overlap"),
         )
     except FileNotFoundError:
         raise DataError(f"{directory}: no built data here; run `lm data build` first") from None

@@ -14,7 +14,7 @@ class Permutation:
 
     An alternating Feistel network on just enough bits, with cycle walking: a value that lands outside
     [0, size) is mapped again until it is inside, at most twice on average (Black and Rogaway, "Ciphers
-    with Arbitrary Finite Domains", CT-RSA 2002). The round function is the finaliser of MurmurHash3.
+    with Arbitrary Finite Domains", CT-RSA 2002). The round function is `scramble`.
     """
 
     def __init__(self, size: int, key: str) -> None:
@@ -24,7 +24,7 @@ class Permutation:
         self.size = size
         bits = max(2, (size - 1).bit_length())
         self._low_bits = np.uint64(bits // 2)
-        self._high_bits = np.uint64(bits - bits // 2)
+        self._masks = _mask(bits // 2), _mask(bits - bits // 2)
         keys = hashlib.sha512(key.encode()).digest()
         self._keys = np.frombuffer(keys, "<u8", count=_ROUNDS).astype(np.uint64)
 
@@ -37,21 +37,41 @@ class Permutation:
             outside = outside[value[outside] >= self.size]
         return value.astype(np.int64).reshape(np.shape(index))
 
+    def inverse(self, value: int) -> int:
+        """The index that is mapped to `value`."""
+        index = self._unmix(value)
+        while index >= self.size:
+            index = self._unmix(index)
+        return index
+
     def _mix(self, value: np.ndarray) -> np.ndarray:
-        low_bits, high_bits = self._low_bits, self._high_bits
-        low, high = value & _mask(low_bits), value >> low_bits
+        low_mask, high_mask = self._masks
+        low, high = value & low_mask, value >> self._low_bits
         for key in self._keys:
             # The halves trade places, widths included, so that odd bit counts work as well.
-            low, high = (high ^ _hash(low ^ key)) & _mask(high_bits), low
-            low_bits, high_bits = high_bits, low_bits
-        return low | (high << low_bits)
+            low, high = (high ^ scramble(low ^ key)) & high_mask, low
+            low_mask, high_mask = high_mask, low_mask
+        return low | (high << self._low_bits)  # as before all rounds, whose number is even
+
+    def _unmix(self, value: int) -> int:
+        low_mask, high_mask = self._masks
+        one = np.array([value], np.uint64)
+        low, high = one & low_mask, one >> self._low_bits
+        for key in reversed(self._keys):
+            low_mask, high_mask = high_mask, low_mask
+            low, high = high, (low ^ scramble(high ^ key)) & high_mask
+        return int((low | (high << self._low_bits))[0])
 
 
-def _mask(bits: np.uint64) -> np.uint64:
-    return (np.uint64(1) << bits) - np.uint64(1)
+def _mask(bits: int) -> np.uint64:
+    return np.uint64((1 << bits) - 1)
 
 
-def _hash(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-    return x ^ (x >> np.uint64(33))
+_SHIFT, _FIRST, _SECOND = np.uint64(33), np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
+
+
+def scramble(x: np.ndarray) -> np.ndarray:
+    """A bijection of the uint64 numbers in which every bit depends on all: the finaliser of MurmurHash3."""
+    x = (x ^ (x >> _SHIFT)) * _FIRST
+    x = (x ^ (x >> _SHIFT)) * _SECOND
+    return x ^ (x >> _SHIFT)

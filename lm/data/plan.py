@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +23,21 @@ PART_FILES = "part-*.json"
 MIN_PART_BYTES = 4 << 20
 MAX_PART_BYTES = 64 << 20
 
+# What says where files are, or what is made of them when they are read; as all does that is free in a config.
+_AFTERWARDS = ("paths", "sources", "mixture", "packing", "attention", "prefix_rate")
+
 # Settings that older plans lack. Written only where they are given, so that other plans stay as they were.
-_LATER = ("filter",)
+_LATER = (
+    "filter",
+    "tokens",
+    "separator",
+    "duplicates",
+    "near_similarity",
+    "overlap",
+    "overlap_paths",
+    "fim_rate",
+    "fim_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,14 @@ class Plan:
             "holdout_below": self.holdout_below,
             "files": {f.name: [f.size, f.modified, f.heldout] for f in self.files().values()},
         }
+
+    @property
+    def identity(self) -> str:
+        """The same for the same settings and files, wherever they are and whenever they were put there."""
+        content = self.to_dict()
+        del content["paths"]
+        content["files"] = {name: [size, heldout] for name, (size, _, heldout) in content["files"].items()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def files(self) -> dict[str, File]:
         return {piece.file.name: piece.file for part in self.parts for piece in part}
@@ -75,12 +97,13 @@ def part_file(folder: epath.Path, index: int) -> epath.Path:
 
 
 def settings_of(config: DataConfig) -> dict[str, Any]:
-    """The config without what only says where files are or how fast they are built."""
+    """The config without what changes nothing that is built."""
     settings = dataclasses.asdict(config)
-    for key in ("paths", "dir", "workers"):
+    for key in (*_AFTERWARDS, *(field.name for field in dataclasses.fields(config) if field.metadata.get("free"))):
         del settings[key]
+    defaults = dataclasses.asdict(DataConfig())
     for key in _LATER:
-        if settings[key] is None:
+        if settings[key] == defaults[key]:
             del settings[key]
     return json.loads(json.dumps(settings))
 
@@ -113,7 +136,8 @@ def refuse(folder: epath.Path, different: list[str]) -> None:
 
 
 def setting_differences(stored: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    before = stored.get("settings", {})
+    defaults = dataclasses.asdict(DataConfig())
+    before, settings = ({key: defaults[key] for key in _LATER} | given for given in (stored["settings"], settings))
     return [
         f"data.{key}: built with {before.get(key)!r}, now {settings.get(key)!r}"
         for key in sorted(before.keys() | settings.keys())

@@ -7,16 +7,20 @@ record p // RECORD_TOKENS without an index, and documents may be of any length.
 
 from __future__ import annotations
 
+import array
 import hashlib
+import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
 from lm.data import files
+from lm.data.reading import Damage, Reads
 from lm.errors import DataError, StorageError
 
 FORMAT = 1
@@ -29,6 +33,8 @@ _HEADER = struct.Struct("<HHIIIQQ")
 # One record per chunk, not compressed: a random read touches nothing else.
 _WRITE_OPTIONS = "group_size:1,uncompressed"
 _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Record(NamedTuple):
 
 
 class ShardWriter:
-    """Writes one shard; the file appears under its name when `close` is called."""
+    """Writes one shard, and beside it how long its documents are; both appear when `close` is called."""
 
     def __init__(self, path: epath.Path, dtype: np.dtype) -> None:
         self._path = path
@@ -63,6 +69,7 @@ class ShardWriter:
         self._tokens = np.zeros(RECORD_TOKENS, dtype.newbyteorder("<"))
         self._filled = 0
         self._starts: list[int] = []
+        self._lengths = array.array("I")
         self._first = (0, 0)
         self._digest = hashlib.sha256()
         self._totals = {"tokens": 0, "records": 0, "documents": 0, "text_bytes": 0}
@@ -80,6 +87,7 @@ class ShardWriter:
             done += count
             if self._filled == RECORD_TOKENS:
                 self._flush()
+        self._lengths.append(len(document))
         self._totals["tokens"] += len(document)
         self._totals["documents"] += 1
         self._totals["text_bytes"] += text_bytes
@@ -91,6 +99,7 @@ class ShardWriter:
         try:
             self._file.close()
             size = self._temporary.stat().st_size
+            files.write_atomically(lengths_file(self._path), np.array(self._lengths, "<u4").tobytes())
             files.publish(self._temporary, self._path)
         except (RuntimeError, OSError) as error:
             raise StorageError(f"{self._path}: cannot be written: {error}") from None
@@ -111,43 +120,76 @@ class ShardWriter:
         self._starts = []
 
 
-class ShardReader:
-    """Random access to the records of one shard."""
+def lengths_file(path: epath.Path) -> epath.Path:
+    """What lies beside a shard: uint32 tokens of each of its documents."""
+    return path.with_suffix(".lengths")
 
-    def __init__(self, path: epath.Path, shard: Shard) -> None:
-        """Raises DataError if the file cannot be opened."""
-        self._name = str(path)
-        try:
-            local = files.local_copy(path, shard.size, shard.sha256)
-            self._file = array_record_module.ArrayRecordReader(local, _READ_OPTIONS)
-            count = self._file.num_records()
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"{path}: cannot be opened: {error}") from None
-        if count != shard.records:  # also when there is no file: the library then finds none
-            raise DataError(
-                f"{path}: missing or damaged ({count} records instead of {shard.records}); build the data again"
-            )
+
+def read_lengths(path: epath.Path, shard: Shard, reader: Callable[[], ShardReader], reads: Reads) -> np.ndarray:
+    """int64 [documents] of the shard at `path`; of one that was built without them, from all its records."""
+    file = lengths_file(path)
+    try:
+        lengths = np.frombuffer(reads(str(file), file.read_bytes), "<u4").astype(np.int64)
+    except FileNotFoundError:
+        starts = [reader().read(i).starts.astype(np.int64) + i * RECORD_TOKENS for i in range(shard.records)]
+        lengths = np.diff(np.concatenate([*starts, [shard.tokens]]))
+    if len(lengths) != shard.documents or lengths.sum() != shard.tokens:
+        raise DataError(f"{file}: damaged or of another build; delete it, it is made from the shard then")
+    return lengths
+
+
+class ShardReader:
+    """Random access to the records of one shard. A read that fails is tried again, of the file opened anew."""
+
+    def __init__(self, path: epath.Path, shard: Shard, source: str = "", reads: Reads | None = None) -> None:
+        """Messages name the `source`, if it has a name. Raises DataError if the file cannot be opened."""
+        self._path, self._shard, self._reads = os.fspath(path), shard, reads or Reads()
+        self._name = f"source {source}: {self._path}" if source else self._path
+        self._file: Any = None
+        self._do(self._name, self._open)
 
     def read(self, index: int) -> Record:
         """Raises DataError naming shard and record if it does not hold what was written."""
-        raw = self.raw(index)
-        try:
-            version, itemsize, count, starts, _, document, offset = _HEADER.unpack_from(raw)
-            if version != FORMAT or len(raw) != _HEADER.size + 4 * starts + itemsize * count:
-                raise ValueError(f"format {version}, {len(raw)} bytes")
-            begin = _HEADER.size + 4 * starts
-            return Record(
-                np.frombuffer(raw, "<u2" if itemsize == 2 else "<u4", count, begin),
-                np.frombuffer(raw, "<u4", starts, _HEADER.size),
-                document,
-                offset,
-            )
-        except (struct.error, ValueError) as error:
-            raise DataError(f"{self._name}: record {index} is not of this format: {error}") from None
+        return self._do(f"{self._name}: record {index}", lambda: _parsed(self._stored(index)))
 
     def raw(self, index: int) -> bytes:
-        """The record's content as stored."""
+        """The record's content as stored. Raises DataError as `read` does."""
+        return self._do(f"{self._name}: record {index}", lambda: self._stored(index))
+
+    def _do(self, what: str, read: Callable[[], _Result]) -> _Result:
         try:
-            return self._file.read(index, index + 1)[0]
-        except (RuntimeError, OSError, IndexError) as error:
-            raise DataError(f"{self._name}: record {index} cannot be read: {error}") from None
+            return self._reads(what, read)
+        except FileNotFoundError:
+            raise DataError(f"{self._name}: missing or damaged (there is no such file); build the data again") from None
+
+    def _open(self) -> None:
+        local = files.local_copy(self._path, self._shard.size, self._shard.sha256)
+        os.stat(local)  # of a file that is not there the library says that it is empty
+        file = array_record_module.ArrayRecordReader(local, _READ_OPTIONS)
+        if (count := file.num_records()) != self._shard.records:
+            raise Damage(f"missing or damaged ({count} records instead of {self._shard.records}); build the data again")
+        self._file = file
+
+    def _stored(self, index: int) -> bytes:
+        if self._file is None:
+            self._open()
+        file, self._file = self._file, None  # one that failed is not used again
+        stored: bytes = file.read(index, index + 1)[0]
+        self._file = file
+        return stored
+
+
+def _parsed(raw: bytes) -> Record:
+    try:
+        version, itemsize, count, starts, _, document, offset = _HEADER.unpack_from(raw)
+        if version != FORMAT or len(raw) != _HEADER.size + 4 * starts + itemsize * count:
+            raise ValueError(f"format {version}, {len(raw)} bytes")
+        begin = _HEADER.size + 4 * starts
+        return Record(
+            np.frombuffer(raw, "<u2" if itemsize == 2 else "<u4", count, begin),
+            np.frombuffer(raw, "<u4", starts, _HEADER.size),
+            document,
+            offset,
+        )
+    except (struct.error, ValueError) as error:
+        raise Damage(f"is not of this format: {error}") from None

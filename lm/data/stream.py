@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import concurrent.futures
 import functools
 import hashlib
 import itertools
@@ -11,38 +12,79 @@ import numpy as np
 from etils import epath
 
 from lm.data.manifest import SPLITS, Manifest, read_manifest
-from lm.data.records import RECORD_TOKENS, ShardReader
+from lm.data.reading import Reads
+from lm.data.records import RECORD_TOKENS, Shard, ShardReader, read_lengths
 from lm.errors import DataError
 
-_OPEN_SHARDS = 64  # bounds files and memory whatever the number of shards
+_OPEN_SHARDS = 256  # of the 1024 files that a process may have open on most systems
 _RECORDS_KEPT = 1024  # 32 MB
+_LENGTHS_KEPT = 256  # shards: some 20,000 documents each
 _BEGIN = np.int32(-(2**31))  # marks, in the sign of a token, that it begins a document
+
+
+class Shelf:
+    """Shards that are open and records that were read last, of all streams that share it.
+
+    It bounds files and memory whatever the number of streams and shards.
+    """
+
+    def __init__(self) -> None:
+        self.reads = Reads()
+        self.reader = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._reader)
+        self.record = functools.lru_cache(maxsize=_RECORDS_KEPT)(self._record)
+        self.starts = functools.lru_cache(maxsize=_LENGTHS_KEPT)(self._starts)
+
+    def _reader(self, where: _Place) -> ShardReader:
+        return ShardReader(where.path, where.shard, where.source, self.reads)
+
+    def _record(self, where: _Place, index: int) -> np.ndarray:
+        record = self.reader(where).read(index)
+        marked = record.tokens.astype(np.int32)
+        marked[record.starts] |= _BEGIN
+        return marked
+
+    def _starts(self, where: _Place) -> np.ndarray:
+        lengths = read_lengths(where.path, where.shard, lambda: self.reader(where), self.reads)
+        return np.cumsum(lengths) - lengths
+
+
+class _Place:
+    """A shard and where it lies; itself alone, so that it is found fast in a cache."""
+
+    def __init__(self, path: epath.Path, shard: Shard, source: str) -> None:
+        self.path, self.shard, self.source = path, shard, source
 
 
 class TokenStream:
     """Random access to the tokens of a split, documents one after the other in the order of the shards."""
 
-    def __init__(self, directory: epath.PathLike, split: str, manifest: Manifest | None = None) -> None:
-        """Raises DataError if there is no such split, or a shard is missing or of another size."""
-        self._folder = epath.Path(directory)
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        split: str,
+        manifest: Manifest | None = None,
+        shelf: Shelf | None = None,
+        source: str = "",
+    ) -> None:
+        """Nothing is opened before it is read. Raises DataError if there is no such split, or nothing in it."""
+        folder = epath.Path(directory)
         self.manifest = manifest or read_manifest(directory)
         if split not in SPLITS:
             raise DataError(f"unknown split {split!r}; there are: {', '.join(SPLITS)}")
         self._shards = self.manifest.splits[split]
         if not self._shards:
             raise DataError(f"{directory}: the {split} split is empty; see data.holdout_fraction")
-        for shard in self._shards:
-            path = self._folder / shard.file
-            try:
-                size = path.stat().length
-            except OSError as error:
-                raise DataError(f"{path}: shard cannot be read: {error.strerror or error}") from None
-            if size != shard.size:
-                raise DataError(f"{path}: {size} bytes instead of {shard.size}; damaged, build the data again")
+        self._places = [_Place(folder / shard.file, shard, source) for shard in self._shards]
         self._ends = list(itertools.accumulate(shard.tokens for shard in self._shards))
         self.tokens: int = self._ends[-1]
-        self._reader = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
-        self._record = functools.lru_cache(maxsize=_RECORDS_KEPT)(self._load)
+        self._shelf = shelf or Shelf()
+        self._record = self._shelf.record
+
+    def check_files(self) -> None:
+        """Raises DataError if a shard is missing or of another size than when it was built."""
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a bucket takes its time to answer
+            for _ in pool.map(_check_size, self._places):
+                pass
 
     def read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """int32 [count] tokens from position `start`, and bool [count] where documents begin."""
@@ -53,43 +95,56 @@ class TokenStream:
         return unmark(marked)
 
     def fill(self, start: int, marked: np.ndarray) -> None:
-        """Fills the int32 [n] array with tokens from `start`, those that begin documents marked."""
+        """Fills the int32 [n] array with tokens from `start`, those that begin documents marked.
+
+        The end of the stream is followed by its beginning.
+        """
         done, count = 0, len(marked)
+        start %= self.tokens
         while done < count:
             shard = bisect.bisect_right(self._ends, start)
             in_shard = start - self._ends[shard] + self._shards[shard].tokens
             index, offset = divmod(in_shard, RECORD_TOKENS)
-            piece = self._record(shard, index)[offset : offset + count - done]
+            piece = self._record(self._places[shard], index)[offset : offset + count - done]
             marked[done : done + len(piece)] = piece
             done += len(piece)
-            start += len(piece)
+            start = (start + len(piece)) % self.tokens
 
     def document(self, position: int) -> int:
         """The index in the split of the document that the token at `position` belongs to."""
         shard = bisect.bisect_right(self._ends, position)
         in_shard = position - self._ends[shard] + self._shards[shard].tokens
-        record = self._reader(shard).read(in_shard // RECORD_TOKENS)
-        begun = int(np.searchsorted(record.starts, in_shard % RECORD_TOKENS, side="right"))
-        earlier = sum(s.documents for s in self._shards[:shard])
-        return earlier + record.first_document + begun - (record.first_offset == 0)
+        inside = np.searchsorted(self._shelf.starts(self._places[shard]), in_shard, side="right") - 1
+        return sum(s.documents for s in self._shards[:shard]) + int(inside)
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """int64 [n] positions from `start` up to `stop` at which documents begin, ascending."""
+        found = []
+        shard = bisect.bisect_right(self._ends, start)
+        while shard < len(self._shards) and (begin := self._ends[shard] - self._shards[shard].tokens) < stop:
+            starts = self._shelf.starts(self._places[shard])
+            first, last = np.searchsorted(starts, (start - begin, stop - begin))
+            found.append(starts[first:last] + begin)
+            shard += 1
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def verify(self) -> None:
         """Reads everything; raises DataError naming the first shard that is not as it was written."""
-        for i, shard in enumerate(self._shards):
+        for where in self._places:
             digest = hashlib.sha256()
-            for index in range(shard.records):
-                digest.update(self._reader(i).raw(index))
-            if digest.hexdigest() != shard.sha256:
-                raise DataError(f"{self._folder / shard.file}: changed since it was built; build again")
+            for index in range(where.shard.records):
+                digest.update(self._shelf.reader(where).raw(index))
+            if digest.hexdigest() != where.shard.sha256:
+                raise DataError(f"{where.path}: changed since it was built; build again")
 
-    def _open(self, shard: int) -> ShardReader:
-        return ShardReader(self._folder / self._shards[shard].file, self._shards[shard])
 
-    def _load(self, shard: int, index: int) -> np.ndarray:
-        record = self._reader(shard).read(index)
-        marked = record.tokens.astype(np.int32)
-        marked[record.starts] |= _BEGIN
-        return marked
+def _check_size(where: _Place) -> None:
+    try:
+        size = where.path.stat().length
+    except OSError as error:
+        raise DataError(f"{where.path}: shard cannot be read: {error.strerror or error}") from None
+    if size != where.shard.size:
+        raise DataError(f"{where.path}: {size} bytes instead of {where.shard.size}; damaged, build the data again")
 
 
 def unmark(marked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

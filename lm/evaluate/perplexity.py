@@ -6,7 +6,8 @@ import math
 import jax
 
 from lm.data.batches import Evaluation
-from lm.data.manifest import read_tokenizer
+from lm.data.corpus import open_corpus
+from lm.data.loader import Loader
 from lm.errors import DataError
 from lm.parallel.rows import local_rows, whole_batch
 from lm.parallel.sharding import batch_sharding
@@ -22,13 +23,15 @@ def perplexity(trained: Trained, *, data_dir: str | None = None, split: str = "h
     split is empty or the tokenizer is another one.
     """
     config, directory = trained.config, data_dir or trained.config.data_dir
-    if read_tokenizer(directory).fingerprint != trained.tokenizer.fingerprint:
+    corpus = open_corpus(directory, config.data if data_dir is None else None)
+    if corpus.tokenizer.fingerprint != trained.tokenizer.fingerprint:
         raise DataError(f"{directory} was built with another tokenizer than the model was trained with")
     size = trained.mesh.size * math.ceil(config.train.batch_size / trained.mesh.size)  # the devices share it evenly
-    windows = Evaluation(directory, split, size, config.train.sequence_length)
+    windows = Evaluation(corpus, split, size, config.train.sequence_length)
     batches = dataclasses.replace(config.train, batch_size=size, accumulation=1)
     eval_step = jax.jit(make_eval_step(dataclasses.replace(config, train=batches), trained.mesh))
     sharding = batch_sharding(trained.mesh)
     rows = local_rows(sharding, size)
-    parts = (whole_batch(windows.batch(i, rows), rows, size, sharding) for i in range(len(windows)))
-    return held_out_loss(eval_step, trained.params, parts)
+    with Loader(windows, range(len(windows)), rows, stall_seconds=config.data.stall_seconds) as loader:
+        parts = (whole_batch(batch, rows, size, sharding) for _, batch in loader)
+        return held_out_loss(eval_step, trained.params, parts)

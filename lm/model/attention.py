@@ -64,7 +64,7 @@ class Attention(nnx.Module):
 
         With a cache, x is what follows the tokens in it: keys and values are written at their positions.
         """
-        here = Places(*map(layout.sequence, places)) if layout.over("sequence") else places
+        here = jax.tree.map(layout.sequence, places) if layout.over("sequence") else places
         x = layout.enter(x)
         q = self._norm(linear(x, self.query, layout, self.query_bias), self.query_norm, layout)
         k = self._norm(linear(x, self.key, layout, self.key_bias), self.key_norm, layout)

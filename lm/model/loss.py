@@ -19,7 +19,7 @@ written, which on an accelerator should cost less than the products."""
 
 Batch = dict[str, jax.Array]
 """tokens, targets, segments, positions int32 [B, S]; loss_mask float32 [B, S]; bytes int32 [B], the bytes of raw
-text that the targets of each row with weight 1 stand for."""
+text that the targets of each row with weight 1 stand for; prefix int32 [B, S], 1 in a prefix, where there are any."""
 
 
 class LossSums(NamedTuple):
@@ -50,7 +50,7 @@ def next_token_loss(
 
     On a mesh, rows of the batch are this device's, with whole sequences; the result is its share of the sums.
     """
-    places = Places(batch["segments"], batch["positions"])
+    places = Places(batch["segments"], batch["positions"], batch.get("prefix"))
     hidden, _ = model(batch["tokens"], places, dtype=dtype, layout=layout, key=key, remat=remat, unroll=unroll)
     rows = {name: layout.loss_rows(batch[name]) for name in ("targets", "loss_mask", "bytes")}
     targets, mask = (layout.sequence(rows[name]) for name in ("targets", "loss_mask"))

@@ -56,6 +56,8 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
         "loss_mask": (table, jnp.float32),
         "bytes": (row, jnp.int32),
     }
+    if config.data.prefix_rate:
+        shapes["prefix"] = (table, jnp.int32)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
 
 

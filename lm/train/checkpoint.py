@@ -102,6 +102,10 @@ class Checkpoints:
         self._attempt = 0
         self._swept = False
 
+    def attach(self, name: str, contents: bytes) -> None:
+        """Another attachment, of the checkpoints from now on."""
+        self._attachments = {**self._attachments, name: contents}
+
     def save(self, state: Any, step: int, wait: bool = False) -> bool:
         """Starts saving; returns when the arrays are copied, so that they may be donated.
 

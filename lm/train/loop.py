@@ -26,14 +26,14 @@ from typing import TextIO
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from lm import config as configs
-from lm.data.batches import Batches, Evaluation, Loader
-from lm.data.build import build
-from lm.data.manifest import FILE as DATA_MANIFEST
-from lm.data.manifest import read_manifest, read_tokenizer
+from lm.data.batches import Batches, Evaluation
+from lm.data.corpus import build_corpus, manifest_files, open_corpus
+from lm.data.loader import Loader
+from lm.data.reading import in_time, said_by
+from lm.data.report import report
 from lm.errors import ConfigError, DataError, DivergedError, Stopped, StorageError
 from lm.experiment import Config
 from lm.model.flops import flops_per_token, parameter_count, peak_flops
@@ -43,6 +43,8 @@ from lm.parallel.mesh import make_mesh
 from lm.parallel.processes import ALONE, Processes
 from lm.parallel.rows import local_rows, whole_batch
 from lm.parallel.sharding import batch_sharding, rules
+from lm.parallel.wire import say as say_here
+from lm.train import ledger
 from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
 from lm.train.forecast import Expect, Expected, Forecast
 from lm.train.heldout import HeldOut, held_out_loss
@@ -56,9 +58,6 @@ from lm.train.signals import StopRequest, stop_signals
 from lm.train.state import TrainState, abstract_state, in_one_stack, init_state
 from lm.train.step import Metrics, check_batch, jit_train_step, make_eval_step
 from lm.train.summaries import NoSummaries, Summaries, verbatim
-
-FINGERPRINT = "data_fingerprint.txt"
-"""Attached to each checkpoint: what data it was trained on."""
 
 SHARED_SECONDS = 60.0
 """How long a shared file system may take to show to one host what another one has written."""
@@ -86,6 +85,11 @@ def train(config: Config, *, stream: TextIO | None, processes: Processes = ALONE
             if processes.primary
             else Progress(config.train.steps, stream=None)
         ) as progress,
+        said_by(
+            progress.say
+            if processes.primary
+            else lambda line: say_here(f"lm: {processes.name(processes.index)}: {line}")
+        ),
     ):
         _Run(config, mesh, abstract, directory, progress, stop, processes, expect).go()
 
@@ -117,6 +121,7 @@ class _Run:
             self.agree_with_directory()
         self.open_data()
         first, state = self.restore_or_draw()
+        self.report_data(first)
         self.summaries = (
             Summaries(self.directory, first_step=first, report=self.say) if self.processes.primary else NoSummaries()
         )
@@ -152,17 +157,17 @@ class _Run:
     def open_data(self) -> None:
         config, length = self.config, self.config.train.sequence_length
         if self.processes.primary:
-            build(config.data, config.data_dir, self.say)
+            build_corpus(config.data, config.data_dir, self.say)
         self.processes.broadcast("data is built")
         self.wait_for_data()
-        manifest = read_manifest(config.data_dir)
-        self.fingerprint = manifest.fingerprint
-        self.processes.agree("data", {f"the fingerprint of {config.data_dir}": self.fingerprint[:12]})
+        corpus = open_corpus(config.data_dir, config.data)
+        self.processes.agree("data", {f"the fingerprint of {config.data_dir}": corpus.fingerprint[:12]})
         size, seed = config.train.batch_size, config.run.seed
         self.rows = local_rows(self.sharding, size)
-        self.batches = Batches(config.data_dir, "train", size, length, seed)
-        self.held_out = Evaluation(config.data_dir, "heldout", size, length) if manifest.tokens("heldout") else None
-        self.tokenizer = read_tokenizer(config.data_dir, manifest)
+        self.batches = Batches(corpus, size, length, seed)
+        self.batches.check_epochs(config.train.steps)
+        self.held_out = Evaluation(corpus, "heldout", size, length) if corpus.tokens("heldout") else None
+        self.tokenizer = corpus.tokenizer
         if self.tokenizer.vocab_size != config.model.vocab_size:
             raise ConfigError(
                 f"model.vocab_size is {config.model.vocab_size}, but the tokenizer in {config.data_dir} has "
@@ -171,15 +176,23 @@ class _Run:
 
     def wait_for_data(self) -> None:
         """Returns when this process can see what the primary has built."""
-        path = epath.Path(self.config.data_dir) / DATA_MANIFEST
         until = time.monotonic() + SHARED_SECONDS
-        while not path.exists():
-            if time.monotonic() > until:
-                raise DataError(
-                    f"{path}: built, but not to be seen by this process; choose a --data.dir (or --run.dir) that all "
-                    "hosts share, or build the same data on each"
-                )
-            time.sleep(0.2)
+        for path in manifest_files(self.config.data, self.config.data_dir):
+            while not path.exists():
+                if time.monotonic() > until:
+                    raise DataError(
+                        f"{path}: built, but not to be seen by this process; choose a --data.dir (or --run.dir) that "
+                        "all hosts share, or build the same data on each"
+                    )
+                time.sleep(0.2)
+
+    def report_data(self, first: int) -> None:
+        """What a person can judge before the first step is done; of rows that are read in a moment anyway."""
+        if self.processes.primary and first < self.config.train.steps:
+            steps, limit = self.config.train.steps, self.config.data.stall_seconds
+            lines = report(self.batches, first, steps, self.rows)
+            for line in in_time(lambda: list(lines), "first rows", limit, self.batches.reads):
+                self.say(line)
 
     # 3. The state
 
@@ -188,7 +201,6 @@ class _Run:
         attachments = {
             "config.json": configs.to_json(config).encode(),
             self.tokenizer.file_name: self.tokenizer.serialize(),
-            FINGERPRINT: self.fingerprint.encode(),
         }
         self.checkpoints = Checkpoints(
             self.directory.checkpoints, config.checkpoint, attachments, self.say, self.processes
@@ -202,21 +214,23 @@ class _Run:
             first, state = 0, draw(jax.random.key(config.run.seed))
         else:
             first, state = restored
-            if self.processes.primary:
-                self.refuse_other_data(first)
             self.say(f"goes on from checkpoint {first}")
         if self.processes.primary:
+            self.note_data(first)
             write_atomically(self.directory.config, attachments["config.json"])
         return first, state
 
-    def refuse_other_data(self, first: int) -> None:
-        trained_on = read_attachment(self.directory.checkpoints, first, FINGERPRINT).decode()
-        if trained_on != self.fingerprint:
-            raise ConfigError(
-                f"checkpoint {first} was trained on other data than {self.config.data_dir} holds now "
-                f"(fingerprints {trained_on[:12]} and {self.fingerprint[:12]}); for a new run, choose "
-                "another --run.dir"
-            )
+    def note_data(self, first: int) -> None:
+        """Notes what the run is trained on from step `first`, or refuses to go on with other data."""
+        corpus = self.batches.corpus
+        if first:
+            before = ledger.read(read_attachment(self.directory.checkpoints, first, ledger.FILE))
+            found = ledger.extended(before, corpus, first)
+            if found != before:
+                self.say(ledger.describe(found[-1]))
+        else:
+            found = [ledger.entry(corpus, 0)]
+        self.checkpoints.attach(ledger.FILE, ledger.write(found))
 
     def compile(self) -> None:
         """Compiles the train and evaluation steps, so that no later step can be compiled by surprise."""
@@ -225,6 +239,7 @@ class _Run:
         batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self.sharding) for k, v in example.items()}
         step = jit_train_step(config, self.mesh)
         self.train_step = step.lower(self.abstract, batch).compile()
+        batch.pop("prefix", None)  # text that is held out has none
         self.eval_step = jax.jit(make_eval_step(config, self.mesh)).lower(self.abstract.params, batch).compile()
         self.summaries.config(configs.to_json(config))
         flops = flops_per_token(config.model, config.train.sequence_length)
@@ -234,7 +249,7 @@ class _Run:
             flops_per_token=flops.causal,
             peak_flops=None if peak is None else peak * self.mesh.size,
         )
-        tokens = self.batches.stream.tokens
+        tokens = self.batches.corpus.tokens("train")
         self.say(
             f"{human_count(parameter_count(config.model))} parameters, {human_count(flops.causal)} FLOP per token "
             f"(causal), {human_count(tokens)} training tokens, "
@@ -260,7 +275,14 @@ class _Run:
     def steps(self, first: int, state: TrainState) -> TrainState:
         last = self.config.train.steps
         self.stop.deferred = True
-        with self.batches.loader(first, last, self.rows) as loader:
+        data = self.config.data
+        with Loader(
+            self.batches,
+            range(first, last),
+            self.rows,
+            workers=data.loader_workers,
+            stall_seconds=data.stall_seconds,
+        ) as loader:
             state, done = self.run_steps(first, state, loader)
         if done > first or first == 0:
             self.checkpoints.save(state, done, wait=True)
@@ -349,9 +371,8 @@ class _Run:
 
     def held_out_on(self, state: TrainState, which: list[int]) -> HeldOut:
         assert self.held_out is not None
-        held_out = self.held_out
-        batches = (self.put(held_out.batch(i, self.rows)) for i in which)
-        return held_out_loss(self.eval_step, state.params, batches)
+        with Loader(self.held_out, which, self.rows, stall_seconds=self.config.data.stall_seconds) as loader:
+            return held_out_loss(self.eval_step, state.params, (self.put(batch) for _, batch in loader))
 
     def sample(self, state: TrainState, k: int) -> str:
         if not self.config.sample.tokens:

@@ -13,9 +13,11 @@ def refuse_if_changed(saved: Config, config: Config, *, done: int) -> None:
     """Raises ConfigError, with the differences, when continuing after `done` steps would be another run.
 
     What is marked free in the config may change. So may the number of steps and the schedule where the learning
-    rate of the steps already done would have been the same.
+    rate of the steps already done would have been the same; and the sources of a mixture, of which `ledger` judges.
     """
     differences = [d for d in diff(saved, config) if not d.free]
+    if saved.data.sources and config.data.sources:
+        differences = [d for d in differences if not d.key.startswith(("data.sources", "data.mixture"))]
     schedule = [d for d in differences if _is_schedule(d)]
     if schedule and _same_rates(saved, config, done):
         differences = [d for d in differences if not _is_schedule(d)]

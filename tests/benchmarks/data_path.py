@@ -1,89 +1,121 @@
-"""Speed of the data path on one core: text to built files, and built files to packed batches.
+"""Built files to packed batches on one core: speed, what a late step and many hosts cost, the first batch, memory.
 
-    python tests/benchmarks/data_path.py [--megabytes 40]
+    python tests/benchmarks/data_path.py [DIRECTORY ...] [--tokens 60] [--short]
 
-Prints tokens/s of batches of 16 rows against those of merely copying as many tokens out of one array in
-memory (the ratio does not depend on the machine), what a step costs at step 0 and at step 1,000,000, and
-MB/s of `lm data build`. Times are CPU seconds, so that other work on the machine counts little.
+DIRECTORY is what `lm data build` made, each a source; by default documents are made up, --tokens millions of them. The
+caches hold 8 million of them, so a step reads most of what it needs from the files, which the system has in memory.
+
+tokens/s    of batches of 16 rows that follow each other, one after the other
+of copying  that, to the speed of merely copying as many tokens out of one array: does not depend on the machine
+step 0 ...  ms of CPU for a batch of 16 rows from there on
+of 1,024    the same for the 16 rows of one host of 1,024, whose batches have 16,384 rows
+first       ms of CPU in a fresh process from opening the files to the batch of step 1,000,000 (imports left out)
+memory      MiB that batches took beyond what the process had before
+
+Each line is a process of its own.
 """
 
 import argparse
-import functools
-import random
+import itertools
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from data_made import alone, cpu_seconds, memory, open_made, per_step, write_sources
 
 from lm.data.batches import Batches
-from lm.data.build import build
-from lm.data.config import DataConfig, TokenizerConfig
+from lm.data.config import DataConfig, SourceConfig
+from lm.data.corpus import Corpus, open_corpus
+from lm.data.manifest import read_manifest
 
-BATCH_SIZE = 16
-LENGTHS = (64, 256, 1024, 2048)
+ROWS, HOSTS = 16, 1024
+STEPS = (0, 10**6, 10**9)
+VOCABULARIES = {"uint16": 50_000, "uint32": 128_000}
+TITLES = (
+    "packing",
+    "S",
+    "ids",
+    "sources",
+    "tokens/s",
+    "of copying",
+    "step 0",
+    "10^6",
+    "10^9",
+    "of 1,024",
+    "first",
+    "memory",
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=40, help="of text to make and read")
-    megabytes = parser.parse_args().megabytes
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directories", nargs="*", type=Path)
+    parser.add_argument("--tokens", type=float, default=60, help="millions to make up")
+    parser.add_argument("--short", action="store_true", help="2048 tokens a row and uint16 only")
+    options = parser.parse_args()
+    lengths = (2048,) if options.short else (2048, 8192)
+    print("  ".join(f"{title:>10}" for title in TITLES))
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        size = make_text(folder / "text", megabytes * 1_000_000)
-        for tokenizer in (TokenizerConfig(), TokenizerConfig(kind="bytes")):
-            config = DataConfig((str(folder / "text"),), tokenizer=tokenizer, workers=1)
-            started = time.process_time()
-            build(config, folder / tokenizer.kind, lambda message: None)
-            rate = size / (time.process_time() - started)
-            print(f"build, {tokenizer.kind:13}  {rate / 1e6:6.1f} MB/s, training of the tokenizer included")
-        print(f"\n{'S':>5} {'tokens/s':>12} {'of copying':>10} {'step 0':>10} {'step 1,000,000':>15}")
-        for length in LENGTHS:
-            report(folder / "bytes", length)
+        if options.directories:
+            made = {
+                (read_manifest(options.directories[0]).tokenizer.kind, len(options.directories)): options.directories
+            }
+        else:
+            kinds = itertools.product(("uint16",) if options.short else VOCABULARIES, (1, 100))
+            made = {
+                (ids, sources): write_sources(
+                    Path(name, f"{ids}-{sources}"), int(options.tokens * 1e6), sources, VOCABULARIES[ids]
+                )
+                for ids, sources in kinds
+            }
+        for ((ids, sources), folders), packing, length in itertools.product(
+            made.items(), ("split", "best_fit"), lengths
+        ):
+            values = alone(measure, folders, packing, length, bool(options.directories))
+            line = (packing, f"{length}", ids, f"{sources}", *values)
+            print("  ".join(f"{value:>10}" for value in line), flush=True)
 
 
-def report(directory: Path, length: int) -> None:
-    batches = Batches(directory, "train", BATCH_SIZE, length, seed=0)
-    flat, _ = batches.stream.read(0, batches.stream.tokens)
-    near, far = per_step(batches, 0), per_step(batches, 1_000_000)
-    draw = np.random.default_rng(0)
-    starts = draw.integers(0, len(flat) - length, 20_000).tolist()
-    copying = cpu_seconds(lambda: [flat[start : start + length].copy() for start in starts])
-    rate = BATCH_SIZE * length / near
-    ratio = rate / (len(starts) * length / copying)
-    print(f"{length:5} {rate:12,.0f} {ratio:10.3f} {near * 1e6:7.0f} µs {far * 1e6:12.0f} µs")
+def measure(folders: list[Path], packing: str, length: int, built: bool) -> list[str]:
+    before = memory("VmRSS")
+    found: list[Batches] = []
+
+    def begin() -> None:
+        found.append(Batches(opened(folders, packing, built), ROWS, length, seed=0))
+        found[0].batch(STEPS[1])
+
+    first = cpu_seconds(begin)
+    batches = found[0]
+    steps = [per_step(batches.batch, step) for step in STEPS]
+    took = memory() - before
+    many = Batches(batches.corpus, ROWS * HOSTS, length, seed=0)
+    mine = slice(ROWS * (HOSTS // 2), ROWS * (HOSTS // 2) + ROWS)
+    of_many = per_step(lambda step: many.batch(step, mine), 10**5)
+    rate = ROWS * length / min(steps)
+    return [
+        f"{rate / 1e6:.1f} M",
+        f"{rate * copying(length):.3f}",
+        *(f"{1e3 * seconds:.2f}" for seconds in (*steps, of_many)),
+        f"{1e3 * first:.0f}",
+        f"{took / 2**20:.0f}",
+    ]
 
 
-def per_step(batches: Batches, start: int, steps: int = 100) -> float:
-    """CPU seconds of one step, the best of ten stretches that follow each other."""
-
-    def stretch(first: int) -> None:
-        for step in range(first, first + steps):
-            batches.batch(step)
-
-    return min(cpu_seconds(functools.partial(stretch, start + i * steps)) for i in range(10)) / steps
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
+def opened(folders: list[Path], packing: str, built: bool) -> Corpus:
+    if not built:
+        return open_made(folders, packing=packing)
+    if len(folders) == 1:
+        return open_corpus(folders[0], DataConfig(packing=packing))
+    sources = tuple(SourceConfig(f"s{number}", dir=str(one)) for number, one in enumerate(folders))
+    return open_corpus(folders[0], DataConfig(sources=sources, packing=packing))
 
 
-def make_text(folder: Path, size: int) -> int:
-    """Files of made-up words with the frequencies of a language. Gives their bytes."""
-    folder.mkdir()
-    draw = random.Random(0)
-    letters = "etaoinshrdlucmfwypvbgkqjxz"
-    words = ["".join(draw.choices(letters, range(26, 0, -1), k=draw.randrange(1, 10))) for _ in range(20_000)]
-    weights = [1 / (rank + 3) for rank in range(len(words))]
-    written = 0
-    while written < size:
-        text = " ".join(draw.choices(words, weights, k=draw.randrange(100, 5000))) + ".\n"
-        (folder / f"{written:012}.txt").write_text(text)
-        written += len(text)
-    return written
+def copying(length: int) -> float:
+    """Seconds for a token."""
+    flat = np.arange(30_000_000, dtype=np.int32)
+    starts = np.random.default_rng(0).integers(0, len(flat) - length, 4_000_000 // length).tolist()
+    seconds = min(cpu_seconds(lambda: [flat[start : start + length].copy() for start in starts]) for _ in range(5))
+    return seconds / (len(starts) * length)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Small data directories to read from, and a small tokenizer of each kind."""
 
 import base64
+import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +13,10 @@ import tokenizers as hf
 from etils import epath
 
 from lm.data import records, stream
+from lm.data.config import DataConfig, PhaseConfig, SourceConfig
+from lm.data.corpus import Corpus, open_corpus
 from lm.data.files import write_json
-from lm.data.manifest import FILE, Manifest, TokenizerRecord
+from lm.data.manifest import FILE, Manifest, TokenizerRecord, read_tokenizer
 from lm.data.records import Shard, ShardWriter
 from lm.data.tokenizers import (
     BytesTokenizer,
@@ -57,6 +62,33 @@ def write_data(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def documents() -> Callable[[Path, str], list[str]]:
+    """All texts of a split of a data directory, read back from the built files."""
+
+    def read(folder: Path, split: str) -> list[str]:
+        shards = stream.TokenStream(folder, split)
+        tokenizer = read_tokenizer(folder)
+        tokens, begins = shards.read(0, shards.tokens)
+        starts = [*np.flatnonzero(begins).tolist(), shards.tokens]
+        found = [tokens[a:b] for a, b in itertools.pairwise(starts)]
+        assert all(ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id for ids in found)
+        return [tokenizer.decode(ids) for ids in found]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, str]]:
+    """The hash of each file in a data directory, but for locks."""
+
+    def hashes(folder: Path) -> dict[str, str]:
+        found = [path for path in sorted(folder.iterdir()) if path.suffix != ".lock"]
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+    return hashes
 
 
 @pytest.fixture(scope="session")
@@ -129,3 +161,49 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
             return load_tokenizer("llama3", request.getfixturevalue("llama3_file"))
         case fixture:
             return request.getfixturevalue(fixture)
+
+
+Texts = dict[str, list[str]]
+
+
+@pytest.fixture
+def write_texts(write_data: Callable[..., Path], tmp_path: Path) -> Callable[..., Corpus]:
+    """Makes a corpus of the documents of each source, as bytes, in shards of three; `changes` are of its DataConfig."""
+
+    def shards(texts: list[str]) -> list[Documents]:
+        documents = [np.array([256, *text.encode(), 257]) for text in texts]
+        return [documents[i : i + 3] for i in range(0, len(documents), 3)]
+
+    def write(train: Texts, heldout: Texts | None = None, **changes: Any) -> Corpus:
+        held = heldout or {}
+        found = [
+            SourceConfig(name, dir=str(write_data(shards(texts), shards(held.get(name, [])), name=name or "data")))
+            for name, texts in train.items()
+            if name
+        ]
+        if not found:
+            return open_corpus(write_data(shards(train[""]), shards(held.get("", []))), DataConfig(**changes))
+        return open_corpus(tmp_path, DataConfig(sources=tuple(found), **changes))
+
+    return write
+
+
+MIXTURE = (
+    PhaseConfig(0, (("web", 0.5), ("code", 0.5))),
+    PhaseConfig(8, (("web", 0.25), ("code", 0.25), ("books", 0.5))),
+)
+
+
+@pytest.fixture
+def mixed(write_texts: Callable[..., Corpus]) -> Callable[..., Corpus]:
+    """Three sources, mixed in two phases; packing and the like as options. Document i of a source says so."""
+
+    def make(**changes: Any) -> Corpus:
+        words = {"web": 30, "code": 9, "books": 5}
+        texts = {
+            name: [f"{name} number {i} " + f"{name[:2]} " * (7 * i % 13) for i in range(count)]
+            for name, count in words.items()
+        }
+        return write_texts(texts, {"web": ["only held out"]}, **{"mixture": MIXTURE, **changes})
+
+    return make

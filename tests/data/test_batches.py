@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lm.data.batches import Batch, Batches, Evaluation
+from lm.data.corpus import open_corpus
 from lm.data.stream import TokenStream
 from lm.data.tokenizers import BytesTokenizer
 from lm.errors import DataError
@@ -66,9 +67,9 @@ def random_data(write_data: Write, seed: int, name: str = "data") -> tuple[Path,
 def test_batches_equal_the_reference(write_data: Write, length: int) -> None:
     for seed in range(8):
         folder, stream = random_data(write_data, seed, f"{seed}")
-        batches = Batches(folder, "train", 3, length, seed)
-        for step in [*range(2 * batches.windows_per_epoch // 3 + 2), 10**6, 10**15, -1]:
-            starts, lengths = batches.places(step)
+        batches = Batches(open_corpus(folder), 3, length, seed)
+        for step in [*range(2 * batches.orders[0].rows_per_epoch // 3 + 2), 10**6, 10**15, -1]:
+            _, starts, lengths = batches.places(step)[1]
             same(batches.batch(step), reference(stream, starts.tolist(), lengths.tolist(), length))
 
 
@@ -77,7 +78,7 @@ def test_batches_equal_the_reference(write_data: Write, length: int) -> None:
 def test_evaluation_equals_the_reference(write_data: Write, length: int) -> None:
     for seed in range(8):
         folder, stream = random_data(write_data, seed, f"{seed}")
-        evaluation = Evaluation(folder, "heldout", 3, length)
+        evaluation = Evaluation(open_corpus(folder), "heldout", 3, length)
         starts = [*range(0, len(stream), length)]
         assert len(evaluation) == -(-len(starts) // 3)
         starts += [0] * (3 * len(evaluation) - len(starts))
@@ -100,19 +101,20 @@ def test_evaluation_equals_the_reference(write_data: Write, length: int) -> None
 @pytest.mark.parametrize("length", [1, 3, 64, 5000])
 def test_an_epoch_holds_every_token_once(write_data: Write, length: int) -> None:
     folder = write_data([[np.arange(200), np.arange(1), np.arange(156)], [np.arange(40)]])
-    batches = Batches(folder, "train", 1, length, seed=3)
-    count = batches.windows_per_epoch
+    batches = Batches(open_corpus(folder), 1, length, seed=3)
+    count = batches.orders[0].rows_per_epoch
     assert count == -(-397 // length)
     orders = []
     for epoch in range(3):
         seen = np.zeros(397, int)
         steps = range(epoch * count, (epoch + 1) * count)
-        assert {batches.epoch_of(step) for step in steps} == {epoch}
+        assert [batches.rows(step)[0].epoch for step in steps] == [epoch] * count
+        assert [batches.epochs(step)[0] for step in (steps.start, steps.stop)] == [epoch, epoch + 1]
         for step in steps:
-            starts, lengths = batches.places(step)
+            _, starts, lengths = batches.places(step)[1]
             np.add.at(seen, (starts[0] + np.arange(lengths[0])) % 397, 1)
         assert (seen == 1).all()
-        orders.append([batches.places(step)[0].tolist() for step in steps])
+        orders.append([batches.places(step)[1].start.tolist() for step in steps])
     assert length == 1 or orders[0] != orders[1] != orders[2]
     assert length == 1 or {s % length for (s,) in orders[0]} != {s % length for (s,) in orders[1]}
 
@@ -121,76 +123,54 @@ def test_an_epoch_holds_every_token_once(write_data: Write, length: int) -> None
 def test_a_step_depends_on_nothing_but_data_seed_and_step(write_data: Write) -> None:
     folder, _ = random_data(write_data, seed=1)
     steps = [0, 1, 2, 17, 10**9]
-    forward = Batches(folder, "train", 8, 5, seed=7)
+    forward = Batches(open_corpus(folder), 8, 5, seed=7)
     expected = {step: forward.batch(step) for step in steps}
     for step in reversed(steps):
-        same(Batches(folder, "train", 8, 5, seed=7).batch(step), expected[step])
+        same(Batches(open_corpus(folder), 8, 5, seed=7).batch(step), expected[step])
         parts = [forward.batch(step, slice(i, i + 2)) for i in range(0, 8, 2)]
         same({n: np.concatenate([part[n] for part in parts]) for n in expected[step]}, expected[step])
         some = np.array([1, 2, 5])  # of a host whose devices lie apart
         same(forward.batch(step, some), {n: expected[step][n][some] for n in expected[step]})
-    other = Batches(folder, "train", 8, 5, seed=8)
+    other = Batches(open_corpus(folder), 8, 5, seed=8)
     assert not all((other.batch(s)["tokens"] == expected[s]["tokens"]).all() for s in steps)
-    double = Batches(folder, "train", 16, 5, seed=7).batch(0)
+    double = Batches(open_corpus(folder), 16, 5, seed=7).batch(0)
     same({name: double[name][:8] for name in double}, expected[0])
     assert not np.array_equal(expected[0]["tokens"], expected[1]["tokens"])
 
 
 def test_blocks_of_the_permutation_join(write_data: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_data([[np.arange(250)]])
-    whole = Batches(folder, "train", 7, 3, seed=0)
-    expected = [whole.places(step) for step in range(40)]
-    monkeypatch.setattr("lm.data.batches._BLOCK", 5)
-    small = Batches(folder, "train", 7, 3, seed=0)
-    for step, (starts, lengths) in enumerate(expected):
-        assert (small.places(step)[0] == starts).all()
-        assert (small.places(step)[1] == lengths).all()
+    whole = Batches(open_corpus(folder), 7, 3, seed=0)
+    expected = [whole.places(step)[1] for step in range(40)]
+    monkeypatch.setattr("lm.data.order._BLOCK", 5)
+    small = Batches(open_corpus(folder), 7, 3, seed=0)
+    for step, spans in enumerate(expected):
+        for found, wanted in zip(small.places(step)[1], spans, strict=True):
+            assert (found == wanted).all()
 
 
 def test_the_shapes_are_known_without_reading(write_data: Write) -> None:
     folder, _ = random_data(write_data, seed=1)
-    batches = Batches(folder, "train", 8, 5, seed=7)
+    batches = Batches(open_corpus(folder), 8, 5, seed=7)
     batch, shapes = batches.batch(0), batches.shapes()
     assert {n: (x.shape, x.dtype) for n, x in shapes.items()} == {n: (x.shape, x.dtype) for n, x in batch.items()}
 
 
 def test_a_pinned_batch(write_data: Write) -> None:
     """A change here changes the data of every run that is resumed."""
-    batches = Batches(write_data([[np.arange(100)]]), "train", 2, 8, seed=42)
+    batches = Batches(open_corpus(write_data([[np.arange(100)]])), 2, 8, seed=42)
     assert batches.batch(3)["tokens"].tolist() == [
         [96, 97, 98, 99, 0, 0, 0, 0],
         [56, 57, 58, 59, 60, 61, 62, 63],
     ]
 
 
-def test_loader_goes_on_from_any_step(write_data: Write) -> None:
-    folder = write_data([[np.arange(250), np.arange(9)]])
-    batches = Batches(folder, "train", 4, 8, seed=0)
-    with batches.loader(1_000_000, 1_000_012, slice(1, 3)) as loader:
-        got = list(loader)
-    assert [step for step, _ in got] == list(range(1_000_000, 1_000_012))
-    for step, batch in got:
-        same(batch, batches.batch(step, slice(1, 3)))
-    loader = batches.loader(0, 10**12)
-    assert next(loader)[0] == 0
-    loader.close()
-
-
-def test_loader_passes_on_data_errors(write_data: Write) -> None:
-    folder = write_data([[np.full(20_000, 1)], [np.full(20_000, 2)]])
-    batches = Batches(folder, "train", 4, 100, seed=0)
-    (folder / "train-00001.array_record").unlink()
-    with pytest.raises(DataError, match=r"train-00001\.array_record"), batches.loader(0, 1000) as loader:
-        for _ in loader:
-            pass
-
-
 def test_bad_input(write_data: Write) -> None:
     folder = write_data([[np.arange(10)]])
     with pytest.raises(ValueError, match="sequence_length"):
-        Batches(folder, "train", 1, 0, seed=0)
+        Batches(open_corpus(folder), 1, 0, seed=0)
     with pytest.raises(DataError, match="heldout split is empty"):
-        Evaluation(folder, "heldout", 1, 8)
+        Evaluation(open_corpus(folder), "heldout", 1, 8)
     (folder / BytesTokenizer.file_name).unlink()
     assert TokenStream(folder, "train").tokens == 10
-    Batches(folder, "train", 1, 4, seed=0)  # the bytes tokenizer needs no file
+    Batches(open_corpus(folder), 1, 4, seed=0)  # the bytes tokenizer needs no file

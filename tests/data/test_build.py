@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm.data import build as build_module
-from lm.data import plan, sources, vocabulary
+from lm.data import plan, sources, vocabulary, workers
 from lm.data.build import build
 from lm.data.config import DataConfig, TokenizerConfig
 from lm.data.files import sole_writer
@@ -379,15 +378,14 @@ def test_of_two_builds_at_once_the_second_waits(corpus: DataConfig, tmp_path: Pa
     assert messages == [f"another process is building {folder}; waiting for it"]
 
 
-def test_a_build_that_ends_early_ends_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "build_part", time.sleep)
-    run: Any = build_module._run
-    running = run([0, 60], workers=2)
+def test_a_build_that_ends_early_ends_its_processes() -> None:
+    sleep: Any = time.sleep
+    running = workers.run(sleep, [0, 60], workers=2)
     assert next(running) == 0
     begun = time.monotonic()
     running.close()
     with pytest.raises(TypeError):
-        list(run(["not seconds", 60], workers=2))
+        list(workers.run(sleep, ["not seconds", 60], workers=2))
     assert time.monotonic() - begun < 30
     assert not multiprocessing.active_children()
 

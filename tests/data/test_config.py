@@ -30,4 +30,4 @@ def test_impossible_values(config: DataConfig | TokenizerConfig, field: str) -> 
 
 def test_only_what_does_not_change_the_data_is_free() -> None:
     free = {field.name for field in dataclasses.fields(DataConfig) if field.metadata.get("free")}
-    assert free == {"dir", "workers"}
+    assert free == {"dir", "max_epochs", "workers", "loader_workers", "stall_seconds"}

@@ -18,7 +18,7 @@ from lm.data.plan import divide, part_bytes
 from lm.data.sources import list_files
 from lm.data.splits import holdout_below
 from lm.data.tokenizers import BytesTokenizer, HuggingFaceTokenizer, load_tokenizer, train_sentencepiece
-from lm.data.vocabulary import unseen_text
+from lm.data.vocabulary import Sample, unseen_text
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def config(corpus: Path, **changes: object) -> DataConfig:
 def unseen(chosen: DataConfig, size: int) -> list[tuple[str, str]]:
     listed = list_files(chosen.paths, chosen.holdout_paths)
     parts = divide(listed, part_bytes(listed))
-    return list(unseen_text(chosen, parts, holdout_below(chosen, parts), size))
+    return list(unseen_text([Sample(chosen, parts, holdout_below(chosen, parts))], size))
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram", "char"])

@@ -74,10 +74,10 @@ def test_missing_and_truncated_shards_are_seen_at_once(write_data: Write) -> Non
     content = middle.read_bytes()
     middle.write_bytes(content[:-100])
     with pytest.raises(DataError, match=r"train-00001\.array_record: .* bytes instead of"):
-        TokenStream(folder, "train")
+        TokenStream(folder, "train").check_files()
     middle.unlink()
     with pytest.raises(DataError, match=r"train-00001\.array_record: shard cannot be read"):
-        TokenStream(folder, "train")
+        TokenStream(folder, "train").check_files()
 
 
 def test_changed_bytes_are_errors(write_data: Write) -> None:

@@ -54,6 +54,35 @@ Progress.update = update_and_signal
 sys.exit(main())
 """
 
+# As `python -m lm`, but a read for step 7 never ends, or fails: each time, or once.
+STALLS = """
+import os, sys, threading
+from lm.cli import main
+from lm.data import reading
+from lm.data.batches import Batches
+
+reading.SAY_SECONDS, reading.WAITS = 1.0, (0.1, 0.2)
+happens, batch = os.environ["HAPPENS"], Batches.batch
+
+def read():
+    global happens
+    if happens == "hangs":
+        threading.Event().wait()
+    if happens == "fails once":
+        happens = ""
+        raise OSError("no route to host")
+    if happens == "fails":
+        raise OSError("no route to host")
+
+def batch_and_happen(self, step, *rows):
+    if step == 7 and os.environ.get("WHERE") == os.environ.get("JAX_PROCESS_ID"):
+        self.reads("source web: shard 7: record 3", read)
+    return batch(self, step, *rows)
+
+Batches.batch = batch_and_happen
+sys.exit(main())
+"""
+
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,11 +1,13 @@
 """Every verb as a user types it, and what it says when it cannot do what was typed."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -129,6 +131,54 @@ def test_data_build_and_show(lm: Lm, workplace: Path, undisturbed: Path) -> None
         assert shown == lm("data", "show", "tiny.py", "--data.dir=built", "--step", step).stdout
 
 
+def test_some_rows_of_a_batch(in_workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "show", str(undisturbed), "--step=3", "--rows=1:3"]) == 0
+    assert re.findall("── row [0-9]+", capsys.readouterr().out) == ["── row 1", "── row 2"]
+
+
+def test_data_stats(in_workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "stats", str(undisturbed)]) == 0
+    assert "a run of 12 steps, 48 rows of 32 tokens:" in capsys.readouterr().out
+    assert main(["data", "stats", "tiny.py", f"--data.dir={undisturbed}/data", "--train.steps=5", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    manifest = json.loads((undisturbed / "data" / "manifest.json").read_text())
+    assert values["sources"][0]["documents"] == manifest["totals"]["train"]["documents"]
+    assert values["rows_planned"] == 20
+
+
+def test_data_find(
+    in_workplace: Path, undisturbed: Path, stopped: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def found(*arguments: str) -> dict[str, Any]:
+        assert main(["data", "find", *arguments, "cat", "--json", "--limit=1000"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def steps(values: dict[str, Any]) -> set[int]:
+        return {one["step"] for hit in values["hits"] for one in hit["readings"]}
+
+    whole, part = found(str(undisturbed)), found(str(stopped))
+    planned = found("tiny.py", f"--data.dir={undisturbed}/data")
+    assert whole["hits"] == planned["hits"]
+    assert (steps(whole), steps(part)) == ({*range(12)}, {*range(8)})
+    for step in (0, 11):
+        assert main(["data", "show", str(undisturbed), f"--step={step}"]) == 0
+        assert "cat" in capsys.readouterr().out
+    for source, said in (
+        (str(undisturbed), "steps: the first 12 of 12, which the newest checkpoint has done"),
+        (str(stopped), "steps: the first 8 of 12, which the newest checkpoint has done"),
+        ("tiny.py", "steps: all 12 that the config plans"),
+    ):
+        assert main(["data", "find", source, "old tree", f"--data.dir={undisturbed}/data"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == said
+
+
+def test_the_log_says_what_is_read_first(undisturbed: Path, stopped: Path) -> None:
+    log = (undisturbed / "log.txt").read_text()
+    assert re.search("^step 0 row 0: .{20}", log, re.MULTILINE)
+    assert re.search(r"^data: 0\.[0-9]+ epochs in 12 steps, of [0-9,]+ tokens in [0-9]+ documents$", log, re.MULTILINE)
+    assert "warning" not in log
+
+
 def test_checkpoint_list(lm: Lm, undisturbed: Path) -> None:
     rows = [line.split() for line in lm("checkpoint", "list", undisturbed).stdout.splitlines()]
     assert rows[-1][0] == "12"
@@ -199,6 +249,8 @@ def test_help_is_there_for_every_verb(lm: Lm, capsys: pytest.CaptureFixture[str]
         "config diff",
         "data build",
         "data show",
+        "data stats",
+        "data find",
         "checkpoint list",
     ):
         with pytest.raises(SystemExit) as ended:
@@ -235,6 +287,10 @@ def test_help_is_there_for_every_verb(lm: Lm, capsys: pytest.CaptureFixture[str]
         (["config", "diff", "tiny.py", "nowhere"], "nowhere"),
         (["data", "show", "undisturbed", "--step=-1"], "--step must be at least 0, got -1"),
         (["data", "show", "undisturbed"], "required: --step"),
+        (["data", "show", "undisturbed", "--step=0", "--rows=3:5"], "--rows must be A:B for the rows from A up to B"),
+        (["data", "find", "undisturbed"], "required: TEXT"),
+        (["data", "find", "undisturbed", ""], "the text to find is empty"),
+        (["data", "stats", "nowhere"], "nowhere"),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_line(

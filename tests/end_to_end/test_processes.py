@@ -18,9 +18,10 @@ import pytest
 import lm as package
 from launch.local import environment, free_port
 from lm.data.batches import Batches
+from lm.data.corpus import open_corpus
 from lm.train.checkpoint import list_checkpoints
 
-from .conftest import CONFIG
+from .conftest import CONFIG, STALLS
 
 ROOT = Path(package.__file__).parent.parent
 
@@ -50,10 +51,10 @@ def update_and_happen(self, step, values):
         os.kill(os.getpid(), int(how))
 
 def places_and_note(self, step, *rows):
-    start, length = places(self, step, *rows)
+    source, spans = places(self, step, *rows)
     with open(os.environ["READ"] + "." + me, "a") as file:
-        print(step, *start, file=file)
-    return start, length
+        print(step, *spans.start, file=file)
+    return source, spans
 
 Progress.update = update_and_happen
 if "READ" in os.environ:
@@ -211,13 +212,13 @@ def test_other_verbs_in_two_processes(place: Place, two: Path) -> None:
 
 
 def test_each_process_reads_its_rows_and_no_other(place: Place, two: Path) -> None:
-    batches = Batches(two / "data", "train", 4, 32, 0)
+    batches = Batches(open_corpus(two / "data"), 4, 32, 0)
     read = []
     for index in range(2):
         lines = (place.folder / f"two_read.{index}").read_text().splitlines()
         read.append({int(step): starts for step, *starts in map(str.split, lines)})
     for step in range(12):
-        expected = list(map(str, batches.places(step)[0]))
+        expected = list(map(str, batches.places(step)[1].start))
         assert (read[0][step], read[1][step]) == (expected[:2], expected[2:])
 
 
@@ -232,11 +233,19 @@ def test_four_processes_killed_and_two_go_on(place: Place, one: Path, logged: Lo
     ended = place.launch(2, 1, "train", "killed", program=PROGRAM, READ=str(place.folder / "killed_read"))
     assert f"[0] goes on from checkpoint {done}\n" in ended.stdout
     same_losses(run, one, logged)
-    batches = Batches(run / "data", "train", 4, 32, 0)
+    batches = Batches(open_corpus(run / "data"), 4, 32, 0)
     lines = [(place.folder / f"killed_read.{i}").read_text().splitlines() for i in range(2)]
     read = [{int(step): starts for step, *starts in map(str.split, part)} for part in lines]
     for step in range(done, 12):
-        assert read[0][step] + read[1][step] == list(map(str, batches.places(step)[0]))
+        assert read[0][step] + read[1][step] == list(map(str, batches.places(step)[1].start))
+
+
+def test_a_source_that_hangs_in_one_process_ends_all(place: Place) -> None:
+    command = ("train", "tiny.py", "--run.dir", "hanging", "--data.stall_seconds=2")
+    ended = place.launch(2, 1, *command, code=3, program=STALLS, HAPPENS="hangs", WHERE="1")
+    assert " s from source web: shard 7: record 3, which is more than data.stall_seconds" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert 3 <= max(digests(place.folder / "hanging")) <= 6
 
 
 def test_a_signal_to_any_process_stops_all(place: Place, two: Path, logged: Logged) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from lm.cli import main
 from lm.data.batches import Batches
+from lm.data.corpus import open_corpus
 from lm.train.checkpoint import list_checkpoints
 from lm.train.progress import Progress
 from lm.train.run_directory import RunDirectory
@@ -57,7 +58,7 @@ def test_stopped_and_resumed_is_undisturbed(
     assert logged(copy) == logged(undisturbed)
     assert [line["step"] for line in logged(copy)] == list(range(12))
     for step in (0, STOPPED_AT, 11):
-        mine, other = (Batches(run / "data", "train", 4, 32, 0).batch(step) for run in (copy, undisturbed))
+        mine, other = (Batches(open_corpus(run / "data"), 4, 32, 0).batch(step) for run in (copy, undisturbed))
         assert all(np.array_equal(mine[name], other[name]) for name in mine)
 
 

@@ -25,13 +25,21 @@ def example(length: int) -> tuple[jax.Array, ...]:
     return q, k, v, jnp.asarray(segments), jnp.asarray(positions.astype(np.int32))
 
 
-def wanted(length: int, window: int, softcap: float | None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def prefix_of(segments: jax.Array, positions: jax.Array) -> jax.Array:
+    """Every second segment begins with one, of a length that differs."""
+    return jnp.where((segments % 2 == 1) & (positions < 5 + 11 * segments), 1, 0).astype(jnp.int32)
+
+
+def wanted(
+    length: int, window: int, softcap: float | None, *, prefixes: bool = False
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     q, k, v, segments, positions = example(length)
+    prefix = prefix_of(segments, positions) if prefixes else None
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         y = reference_attention(
             q, k, v, query_segments=segments, query_positions=positions, key_segments=segments,
-            key_positions=positions, window=window, softcap=softcap,
+            key_positions=positions, window=window, softcap=softcap, query_prefix=prefix, key_prefix=prefix,
         )  # fmt: skip
         return jnp.sum(jnp.sin(y)), y
 
@@ -43,26 +51,34 @@ def assert_close(found: jax.Array, expected: jax.Array) -> None:
     np.testing.assert_allclose(found, expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.parametrize("prefixes", [False, True])
 @pytest.mark.parametrize(("length", "window", "softcap"), [(256, 0, None), (384, 0, 5.0), (512, 100, None)])
-def test_values_and_gradients_are_those_of_the_reference(length: int, window: int, softcap: float | None) -> None:
-    q, k, v, segments, _ = example(length)
+def test_values_and_gradients_are_those_of_the_reference(
+    length: int, window: int, softcap: float | None, prefixes: bool
+) -> None:
+    q, k, v, segments, positions = example(length)
+    prefix = prefix_of(segments, positions) if prefixes else None
+    given = {"query_prefix": prefix, "key_prefix": prefix, "interpret": True}
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y = splash.attention(q, k, v, segments, segments, window, softcap, interpret=True)
+        y = splash.attention(q, k, v, segments, segments, window, softcap, **given)
         return jnp.sum(jnp.sin(y)), y
 
     gradients, y = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
-    expected, expected_gradients = wanted(length, window, softcap)
+    expected, expected_gradients = wanted(length, window, softcap, prefixes=prefixes)
     assert_close(y, expected)
     for found, other in zip(gradients, expected_gradients, strict=True):
         assert_close(found, other)
 
 
-@pytest.mark.parametrize(("parts", "window"), [(2, 0), (2, 200)])
-def test_queries_that_devices_share(parts: int, window: int) -> None:
+@pytest.mark.parametrize(
+    ("parts", "window", "prefixes"), [(2, 0, False), (2, 200, False), (2, 0, True), (2, 200, True)]
+)
+def test_queries_that_devices_share(parts: int, window: int, prefixes: bool) -> None:
     """Each device has two chunks of the queries, from the front and the back, and all keys."""
     length = 512
-    q, k, v, segments, _ = example(length)
+    q, k, v, segments, positions = example(length)
+    prefix = prefix_of(segments, positions) if prefixes else None
     mesh = jax.make_mesh((parts,), ("context",), devices=jax.devices()[:parts])
     layout = Layout(axes=(("sequence", ("context",)),), sizes=(("context", parts),))
 
@@ -71,7 +87,8 @@ def test_queries_that_devices_share(parts: int, window: int) -> None:
 
         def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
             own = layout.sequence(q), layout.sequence(segments)
-            y = splash.attention(own[0], k, v, own[1], segments, window, None, columns, interpret=True)
+            given = {"query_prefix": layout.sequence(prefix), "key_prefix": prefix} if prefix is not None else {}
+            y = splash.attention(own[0], k, v, own[1], segments, window, None, columns, interpret=True, **given)
             return jnp.sum(jnp.sin(y)), layout.all_columns(y)
 
         gradients, y = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
@@ -79,7 +96,7 @@ def test_queries_that_devices_share(parts: int, window: int) -> None:
 
     everywhere = jax.shard_map(on_one, mesh=mesh, in_specs=(P(),) * 4, out_specs=(P(),) * 4, check_vma=False)
     y, *gradients = jax.jit(everywhere)(q, k, v, segments)
-    expected, expected_gradients = wanted(length, window, None)
+    expected, expected_gradients = wanted(length, window, None, prefixes=prefixes)
     assert_close(y, expected)
     for found, other in zip(gradients, expected_gradients, strict=True):
         assert_close(found, other)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 
+from lm.data.prefix import Prefixes
 from lm.experiment import Config
 from lm.model.config import ModelConfig
 from lm.optim.optimizer import paths
@@ -88,7 +89,7 @@ def config_of(model: str, mesh: dict[str, Any], **train: Any) -> Config:
     )
 
 
-def packed_batch(length: int = TRAIN.sequence_length, seed: int = 0) -> dict[str, np.ndarray]:
+def packed_batch(length: int = TRAIN.sequence_length, prefix_rate: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
     """Rows of several documents, begun at random places, with padding at the end of some."""
     rng = np.random.default_rng(seed)
     rows, vocabulary = TRAIN.batch_size, MODEL.vocab_size
@@ -99,12 +100,13 @@ def packed_batch(length: int = TRAIN.sequence_length, seed: int = 0) -> dict[str
     positions = column - np.maximum.accumulate(np.where(begins, column, 0), axis=1)
     inside = column < rng.integers(length // 2, 2 * length, (rows, 1))
     mask = inside & (np.roll(segments, -1, axis=1) == segments)
-    return {
+    prefix, within = Prefixes(prefix_rate, seed)(segments * inside, np.arange(rows))
+    return ({"prefix": prefix.astype(np.int32)} if prefix_rate else {}) | {
         "tokens": rng.integers(0, vocabulary, (rows, length), np.int32),
         "targets": rng.integers(0, vocabulary, (rows, length), np.int32),
         "segments": segments * inside,
         "positions": positions.astype(np.int32) * inside,
-        "loss_mask": mask.astype(np.float32),
+        "loss_mask": (mask & ~within).astype(np.float32),
         "bytes": rng.integers(1, 99, rows, np.int32),
     }
 
@@ -128,16 +130,17 @@ def compute(config: Config, batch: dict[str, np.ndarray]) -> tuple[dict[str, flo
 
 
 @functools.cache
-def on_one_device(model: str, length: int) -> Any:
-    return compute(config_of(model, {}, sequence_length=length), packed_batch(length))
+def on_one_device(model: str, length: int, prefix_rate: float) -> Any:
+    return compute(config_of(model, {}, sequence_length=length), packed_batch(length, prefix_rate))
 
 
 def differences(
-    model: str, mesh: dict[str, Any], length: int = TRAIN.sequence_length, **train: Any
+    model: str, mesh: dict[str, Any], length: int = TRAIN.sequence_length, prefix_rate: float = 0.0, **train: Any
 ) -> tuple[float, float]:
     """Largest relative difference of a sum, and of an entry of a gradient to the largest of its tensor."""
-    sums, gradients = compute(config_of(model, mesh, sequence_length=length, **train), packed_batch(length))
-    wanted_sums, wanted = on_one_device(model, length)
+    batch = packed_batch(length, prefix_rate)
+    sums, gradients = compute(config_of(model, mesh, sequence_length=length, **train), batch)
+    wanted_sums, wanted = on_one_device(model, length, prefix_rate)
     loss = max(abs(sums[name] - value) / abs(value) for name, value in wanted_sums.items())
     floor = 1e-4 * max(np.abs(g).max() for g in wanted.values())  # the gradient of the bias of keys is 0
     gradient = max(float(np.abs(gradients[n] - g).max() / max(np.abs(g).max(), floor)) for n, g in wanted.items())
@@ -189,6 +192,18 @@ def test_accumulation_and_remat(mesh: dict[str, Any], train: dict[str, Any]) -> 
 )
 def test_lengths_that_are_no_power_of_two(mesh: dict[str, Any], length: int) -> None:
     loss, gradient = differences("llama", mesh, length)
+    assert loss < TOLERANCE
+    assert gradient < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("mesh", "train"),
+    [({"fsdp": 2, "context": 2, "tensor": 2}, {}), ({"context": 2, "stage": 2}, {"accumulation": 2, "remat": "full"})],
+    ids=str,
+)
+def test_prefixes(mesh: dict[str, Any], train: dict[str, Any]) -> None:
+    """Tokens that see each other in both directions, with and without a window."""
+    loss, gradient = differences("gemma", mesh, prefix_rate=0.7, **train)
     assert loss < TOLERANCE
     assert gradient < TOLERANCE
 

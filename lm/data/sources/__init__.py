@@ -12,16 +12,19 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from lm.data.sources import array_record, arrow, jsonl, parquet, text
+from lm.data.sources import array_record, arrow, jsonl, parquet, text, tokens
 from lm.data.sources.listing import STDLIB, list_files, present
 from lm.data.sources.selection import Filter, Selection, load_filter
 from lm.data.sources.stored import Document, File, Hash, Piece, stored_hash, whole
+from lm.data.sources.tokens import Ids
+from lm.errors import DataError
 
 __all__ = [
     "STDLIB",
     "Document",
     "File",
     "Filter",
+    "Ids",
     "Piece",
     "content_hash",
     "cut",
@@ -40,6 +43,8 @@ def cut(file: File, limit: int) -> list[Piece]:
     if file.size <= limit:
         return [whole(file)]
     match _format(file):
+        case "tokens":
+            return tokens.cut(file, limit)
         case "jsonl":
             return jsonl.cut(file, limit)
         case "parquet":
@@ -53,16 +58,27 @@ def cut(file: File, limit: int) -> list[Piece]:
 
 
 def documents(
-    piece: Piece, text_field: str, skipped: Counter[str], digest: Hash | None = None, keep: Filter | None = None
+    piece: Piece,
+    text_field: str,
+    skipped: Counter[str],
+    digest: Hash | None = None,
+    keep: Filter | None = None,
+    ids: Ids | None = None,
 ) -> Iterator[Document]:
     """The documents of the piece. Counts in `skipped` what was left out: "empty", "filtered" or "not UTF-8".
 
-    `digest` is given what `content_hash` is of.
+    `digest` is given what `content_hash` is of; `ids` is needed where the file holds tokens.
 
     Raises:
         DataError: text that is not UTF-8 (but for the standard library's own tests of that), a broken
-            file, a record that lacks the text, a filter that fails; each with its place.
+            file, a record that lacks the text, a filter that fails, an id that the tokenizer has not; each with its
+            place.
     """
+    if piece.file.tokens:
+        if ids is None:
+            raise DataError(f"{piece.file.name}: holds tokens, but text is needed here")
+        yield from tokens.documents(piece, ids, skipped, digest)
+        return
     selection = Selection(text_field, skipped, keep)
     match _format(piece.file):
         case "jsonl":
@@ -79,10 +95,23 @@ def documents(
 
 def content_hash(piece: Piece) -> str:
     """sha256 of what is in the piece."""
-    return array_record.content_hash(piece) if _format(piece.file) == "array_record" else stored_hash(piece)
+    match _format(piece.file):
+        case "array_record":
+            return array_record.content_hash(piece)
+        case "tokens":
+            return tokens.content_hash(piece)
+        case _:
+            return stored_hash(piece)
 
 
 def _format(file: File) -> str:
+    if file.tokens:
+        return "tokens"
+    if file.name.endswith((".bin", ".idx")):  # small ids would even be valid UTF-8
+        raise DataError(
+            f"{file.name}: seems to hold tokens; set data.tokens to 'uint16' or 'uint32' (what nanoGPT writes), "
+            "'llm.c' or 'megatron', or give a text another name"
+        )
     if _ARRAY_RECORD.search(file.name):
         return "array_record"
     name = file.name.removesuffix(".gz").removesuffix(".zst")

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from array_record.python import array_record_module
-from etils import epath
 
 from lm.data.files import local_copy
 from lm.data.sources.jsonl import parse
@@ -65,7 +64,7 @@ def _records(piece: Piece, digest: Hash | None) -> Iterator[tuple[int, bytes]]:
 @contextlib.contextmanager
 def _opened(file: File) -> Iterator[Any]:
     try:
-        path = local_copy(epath.Path(file.path), file.size, str(file.modified))
+        path = local_copy(file.path, file.size, str(file.modified))
         reader = array_record_module.ArrayRecordReader(path, _READ_OPTIONS)
         try:
             yield reader

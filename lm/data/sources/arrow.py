@@ -11,30 +11,30 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from etils import epath
-
 from lm.data.files import is_remote
+from lm.data.remote import opened
 from lm.data.sources import columns
 from lm.data.sources.selection import Selection
 from lm.data.sources.stored import Document, File, Hash, Piece, cut_at, stored_blocks, whole
 from lm.errors import DataError
 
 _END = b"\xff\xff\xff\xff\0\0\0\0"
-_DESCRIPTIONS = {"state.json", "dataset_info.json"}
+DESCRIPTIONS = {"state.json", "dataset_info.json"}
 _DICTIONARY = "dataset_dict.json"
 
 
-def saved_files(folder: epath.Path, names: list[str]) -> list[str]:
+def saved_files(folder: str, names: list[str]) -> list[str]:
     """Those of the names in the folder that hold text: all, or what a saved dataset says if this is one.
 
     Raises:
         DataError: a saved dataset that does not say which its files are.
     """
-    if not _DESCRIPTIONS.issubset(names):
+    if not DESCRIPTIONS.issubset(names):
         return [name for name in names if name != _DICTIONARY]  # the latter names the folders of the splits
-    state = folder / "state.json"
+    state = f"{folder}/state.json"
     try:
-        return [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+        with opened(state) as file:
+            return [entry["filename"] for entry in json.load(file)["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{state}: not of a saved dataset: {error!r}") from None
 
@@ -60,7 +60,7 @@ def _opened(file: File) -> Iterator[tuple[Any, Any]]:
     lib, ipc = (columns.pyarrow(module, file.name) for module in ("lib", "ipc"))
     with columns.reading(file.name, "Arrow stream"), contextlib.ExitStack() as stack:
         if is_remote(file.path):
-            source = lib.PythonFile(stack.enter_context(epath.Path(file.path).open("rb")), "r")
+            source = lib.PythonFile(stack.enter_context(opened(file.path, file.size)), "r")
         else:
             source = stack.enter_context(lib.memory_map(file.path))
         yield source, stack.enter_context(ipc.open_stream(source))

@@ -36,14 +36,14 @@ def documents(
 ) -> Iterator[Document]:
     """The documents of (number of the first row, pyarrow.RecordBatch). A row without a value for the text is empty."""
     field = selection.text_field
-    if field not in columns:
+    if field and field not in columns:  # without a name, the filter is given all and keeps none
         raise DataError(f"{name}: {no_field(field, columns)}")
     for first, batch in batches:
         for start in range(0, batch.num_rows, _ROWS):
             rows = batch.slice(start, _ROWS)
             for number, record in enumerate(_records(rows, selection, name, first + start), first + start):
                 where = f"{name}: row {number}"
-                if record[field] is None:
+                if field and record[field] is None:
                     record[field] = ""
                 try:
                     text = selection.text(record)

@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from etils import epath
-
+from lm.data.remote import opened
 from lm.data.sources.selection import Selection
 from lm.data.sources.stored import Document, File, Hash, Piece, between, blocks, not_utf8, stored_blocks, whole
 from lm.errors import DataError
@@ -18,7 +17,7 @@ def cut(file: File, limit: int) -> list[Piece]:
     if not file.name.endswith(".jsonl"):
         return [whole(file)]
     bounds = [0]
-    with epath.Path(file.path).open("rb") as stream:
+    with opened(file.path, file.size, block=1 << 16) as stream:
         for position in range(limit, file.size, limit):
             stream.seek(position)
             stream.readline()

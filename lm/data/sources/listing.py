@@ -4,42 +4,52 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from etils import epath
-
+from lm.data import remote
 from lm.data.files import is_remote
-from lm.data.sources.arrow import saved_files
-from lm.data.sources.stored import File
+from lm.data.sources.arrow import DESCRIPTIONS, saved_files
+from lm.data.sources.stored import File, TokenFormat
 from lm.errors import DataError
 
 STDLIB = "python-stdlib"
 
+_HUB_DATA = re.compile(r"\.(parquet|arrow|array_?record|(jsonl|txt)(\.gz|\.zst)?)$")
+_HUB_HINT = "a dataset is hf://datasets/NAMESPACE/NAME[@REVISION][/FOLDER or glob]; a private one needs `hf auth login`"
 
-def list_files(paths: Iterable[str], holdout_paths: Iterable[str] = ()) -> list[File]:
+
+def list_files(
+    paths: Iterable[str], holdout_paths: Iterable[str] = (), tokens: TokenFormat | None = None
+) -> list[File]:
     """All input files, each once, in an order that depends on names alone.
 
-    A file that is named by both is held out. Hidden files (.name) in folders are left out.
+    A file that is named by both is held out. Hidden files (.name) in folders are left out, and what is no data in
+    folders of the Hugging Face hub. Of folders of `tokens`, the .bin files are taken.
 
     Raises:
-        DataError: a path is missing, or there is no file in it.
+        DataError: a path is missing or cannot be reached, or there is no file in it.
     """
     found: dict[str, File] = {}
     for entry, heldout in [(p, True) for p in holdout_paths] + [(p, False) for p in paths]:
-        for name, path in _stdlib() if entry == STDLIB else _expand(entry):
+        if is_remote(entry):
+            for there in _remote(entry, tokens):
+                file = File(entry, there.url, there.url, there.size, there.modified, heldout, tokens)
+                found.setdefault(there.url, file)
+            continue
+        for name, path in _stdlib() if entry == STDLIB else _local(entry, tokens):
             if path not in found:
-                size, modified = _stat(name, path)
-                found[path] = File(entry, name, path, size, modified, heldout)
+                found[path] = File(entry, name, path, *_stat(name, path), heldout, tokens)
     return sorted(found.values(), key=lambda file: (file.heldout, file.name))
 
 
 def present(entry: str) -> bool:
     """Whether an entry of `data.paths` is on this machine."""
     try:
-        return entry == STDLIB or next(_expand(entry), None) is not None
+        return entry == STDLIB or next(iter(_remote(entry) if is_remote(entry) else _local(entry)), None) is not None
     except DataError:
         return False
 
@@ -56,56 +66,76 @@ def _stdlib() -> Iterator[tuple[str, str]]:
                 yield f"{STDLIB}/{path.relative_to(root).as_posix()}", str(path)
 
 
-def _expand(entry: str) -> Iterator[tuple[str, str]]:
+def _local(entry: str, tokens: TokenFormat | None = None) -> Iterator[tuple[str, str]]:
     """(name, path) of the files that an entry of `data.paths` stands for."""
-    path = epath.Path(entry).expanduser()
-    try:
-        is_folder = path.is_dir()
-    except ImportError as error:  # of what reads this kind of bucket
-        raise DataError(f"data.paths: {entry}: {error}") from None
-    if is_folder:
-        found = [os.fspath(path / relative) for relative in _walk(path)]
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        found = list(_walk(path, tokens))
     elif path.exists():
         found = [os.fspath(path)]
-    elif any(c in entry for c in "*?["):
-        found = sorted(_glob(os.fspath(path)))
+    elif _is_glob(entry):
+        found = sorted(name for name in glob.glob(os.fspath(path), recursive=True) if os.path.isfile(name))
     else:
         raise DataError(f"data.paths: {entry}: no such file or folder")
     if not found:
-        raise DataError(f"data.paths: {entry}: no files there (hidden ones are left out)")
+        raise _nothing(entry, tokens)
     yield from zip(found, found, strict=True)
 
 
-def _walk(folder: epath.Path) -> Iterator[PurePosixPath]:
-    top = None
-    for root, folders, names in folder.walk(on_error=_unreadable):
-        here = PurePosixPath(root)
-        top = top or here  # of a bucket without its scheme, so only what is below it counts
+def _walk(top: Path, tokens: TokenFormat | None) -> Iterator[str]:
+    for root, folders, names in os.walk(top, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        seen = [name for name in names if not name.startswith(".")]
-        yield from (here.relative_to(top) / name for name in sorted(saved_files(folder / here.relative_to(top), seen)))
+        for name in sorted(_of_folder(root, [name for name in names if not name.startswith(".")], tokens)):
+            yield os.path.join(root, name)
 
 
 def _unreadable(error: OSError) -> None:
     raise DataError(f"data.paths: {error.filename}: cannot be read: {error.strerror}")
 
 
-def _glob(pattern: str) -> list[str]:
-    if not is_remote(pattern):
-        return [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
-    if "**" in pattern:
-        raise DataError(f"data.paths: {pattern}: ** is not for buckets; name the folder, all in it is read")
-    parts = pattern.split("/")
-    fixed = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
-    matches = epath.Path("/".join(parts[:fixed])).glob("/".join(parts[fixed:]))
-    return [os.fspath(match) for match in matches if not match.is_dir()]
+def _remote(entry: str, tokens: TokenFormat | None = None) -> list[remote.Entry]:
+    """Like `_local`, at a URL."""
+    there = remote.entry(entry)
+    if there is not None and not there.is_folder:
+        return [there]
+    if there is not None:
+        found = []
+        for folder, inside in remote.below(there):
+            by_name = {child.name: child for child in inside}
+            for name in _of_folder(folder.url, list(by_name), tokens):
+                if name not in by_name:
+                    raise DataError(f"{folder.url}/{name}: part of a saved dataset, but not there")
+                found.append(by_name[name])
+    elif _is_glob(entry):
+        found = remote.glob(entry)
+    else:
+        hub = f"; {_HUB_HINT}" if entry.startswith("hf://") else ""
+        raise DataError(f"data.paths: {entry}: no such file or folder{hub}")
+    if not found:
+        raise _nothing(entry, tokens)
+    return found
+
+
+def _of_folder(folder: str, names: list[str], tokens: TokenFormat | None) -> list[str]:
+    """Those of the names in the folder that are read."""
+    if tokens:
+        return [name for name in names if name.endswith(".bin")]
+    if folder.startswith("hf://") and not DESCRIPTIONS.issubset(names):
+        return [name for name in names if _HUB_DATA.search(name)]
+    return saved_files(folder, names)
+
+
+def _is_glob(entry: str) -> bool:
+    return any(c in entry for c in "*?[")
+
+
+def _nothing(entry: str, tokens: TokenFormat | None) -> DataError:
+    kind = ".bin files" if tokens else "data files" if entry.startswith("hf://") else "files"
+    return DataError(f"data.paths: {entry}: no {kind} there (hidden ones are left out)")
 
 
 def _stat(name: str, path: str) -> tuple[int, int]:
-    """Size and time of change, the latter in any unit."""
-    if is_remote(path):
-        remote = epath.Path(path).stat()
-        return remote.length, int(remote.mtime)
+    """Size in bytes and time of change in nanoseconds."""
     try:
         local = os.stat(path)
     except OSError as error:

@@ -6,9 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from etils import epath
-
 from lm.data.files import is_remote
+from lm.data.remote import opened
 from lm.data.sources import columns
 from lm.data.sources.selection import Selection
 from lm.data.sources.stored import Document, File, Hash, Piece, cut_at, stored_blocks
@@ -36,7 +35,9 @@ def _opened(file: File) -> Iterator[Any]:
     """A pyarrow.parquet.ParquetFile."""
     parquet = columns.pyarrow("parquet", file.name)
     with columns.reading(file.name, "Parquet file"), contextlib.ExitStack() as stack:
-        source = stack.enter_context(epath.Path(file.path).open("rb")) if is_remote(file.path) else file.path
+        # In blocks that are small, since what is read of a column is asked for at once anyway.
+        remote = is_remote(file.path)
+        source = stack.enter_context(opened(file.path, file.size, block=1 << 16)) if remote else file.path
         yield stack.enter_context(parquet.ParquetFile(source, memory_map=True, page_checksum_verification=True))
 
 

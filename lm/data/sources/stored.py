@@ -6,12 +6,15 @@ import hashlib
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
 import zstandard
-from etils import epath
 
+from lm.data.remote import opened
 from lm.errors import DataError
+
+TokenFormat = Literal["uint16", "uint32", "llm.c", "megatron"]
 
 _BLOCK = 1 << 18
 
@@ -32,6 +35,8 @@ class File:
     size: int
     modified: int
     heldout: bool = False
+    tokens: TokenFormat | None = None
+    """What it holds in place of text."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class Document(NamedTuple):
     name: str
     text: str
     raw: bytes
-    """`text` in UTF-8."""
+    """`text` in UTF-8, or `tokens` as little-endian uint32: what stands for the document where it is hashed."""
+    tokens: np.ndarray | None = None
+    """int32 [n]; then `text` is empty."""
 
 
 def whole(file: File) -> Piece:
@@ -79,7 +86,7 @@ def stored_hash(piece: Piece) -> str:
 def stored_blocks(piece: Piece, digest: Hash | None = None) -> Iterator[bytes]:
     """The bytes of the piece, which `digest` is given as they pass."""
     try:
-        with epath.Path(piece.file.path).open("rb") as stream:
+        with opened(piece.file.path, piece.file.size) as stream:
             stream.seek(piece.start)
             left = piece.stop - piece.start
             while left and (block := stream.read(min(_BLOCK, left))):

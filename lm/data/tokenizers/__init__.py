@@ -12,11 +12,13 @@ from lm.data.tokenizers.gpt2 import GPT2Tokenizer
 from lm.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from lm.data.tokenizers.llama3 import Llama3Tokenizer
 from lm.data.tokenizers.sentencepieces import SentencePieceTokenizer, train_sentencepiece
+from lm.data.tokenizers.sentinels import FIM_NAMES
 from lm.data.tokenizers.utf8 import BytesTokenizer
 from lm.errors import DataError
 
 __all__ = [
     "FILE_NAMES",
+    "FIM_NAMES",
     "BytesTokenizer",
     "GPT2Tokenizer",
     "HuggingFaceTokenizer",

@@ -12,6 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from lm.errors import DataError
+
 Kind = Literal["bytes", "sentencepiece", "huggingface", "gpt2", "llama3"]
 
 
@@ -35,6 +37,16 @@ class Tokenizer:
         return len(self._table)
 
     @property
+    def pieces(self) -> Sequence[bytes]:
+        """The bytes of text that each id stands for."""
+        return self._table
+
+    @property
+    def added(self) -> bytes:
+        """What the first piece of a text may begin with that is not of the text."""
+        return self._strip
+
+    @property
     def fingerprint(self) -> str:
         """Equal exactly for tokenizers of the same kind and file content."""
         return hashlib.sha256(self.kind.encode() + b"\0" + self._serialized).hexdigest()
@@ -50,6 +62,19 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text; quicker than one by one where the library can."""
         return [np.array(self._ids(valid_text(text)), np.int32) for text in texts]
+
+    def encode_rest(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """As `encode_batch`, of texts that go on where others end: without the space that some models put in front.
+
+        Raises DataError where a model of these cannot do that.
+        """
+        if not self._strip:
+            return self.encode_batch(texts)
+        mark = self.encode("\n")  # takes the space, and is no part of longer pieces
+        found = self.encode_batch(["\n" + text for text in texts])
+        if not all(np.array_equal(ids[: len(mark)], mark) for ids in found):
+            raise DataError(f"this {self.kind} tokenizer cannot encode the parts of a text by themselves")
+        return [ids[len(mark) :] for ids in found]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; what is no valid UTF-8 comes out as U+FFFD."""

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from lm.data.tokenizers.byte_level import LibraryTokenizer, byte_level_bytes, library
+from lm.data.tokenizers.sentinels import FIM_NAMES
 from lm.errors import DataError
 
 
@@ -23,7 +24,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         """Raises DataError when the file is no tokenizer that can be used, or the library is missing."""
         tokenizers = library(self.kind)
         try:
-            self._model = tokenizers.Tokenizer.from_str(content.decode())
+            self._model = tokenizers.Tokenizer.from_str(_with_special_fim(content.decode()))
         except Exception as error:  # the library raises nothing narrower
             raise DataError(f"{origin}: not a Hugging Face tokenizer: {error}") from None
         self._model.encode_special_tokens = True  # a document that spells <|endoftext|> must not end there
@@ -50,6 +51,16 @@ class HuggingFaceTokenizer(LibraryTokenizer):
 
     def _name(self, token: int) -> str:
         return self._model.id_to_token(token) or f"<unused {token}>"
+
+
+def _with_special_fim(content: str) -> str:
+    """Some files list what marks a middle to fill in among their additions to the text."""
+    stored = json.loads(content)
+    names = {name for names in FIM_NAMES for name in names}
+    plain = [token for token in stored.get("added_tokens", []) if token["content"] in names and not token["special"]]
+    for token in plain:
+        token["special"] = True
+    return json.dumps(stored) if plain else content
 
 
 def _types(node: Any) -> set[str]:

@@ -67,12 +67,17 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def train_sentencepiece(
-    texts: Sequence[str], *, model_type: Literal["bpe", "unigram", "char"], vocab_size: int
+    texts: Sequence[str],
+    *,
+    model_type: Literal["bpe", "unigram", "char"],
+    vocab_size: int,
+    specials: Sequence[str] = (),
 ) -> SentencePieceTokenizer:
     """Trains a model that gives back any text exactly: no normalisation, unknown characters as bytes.
 
     `char` has one token for each character of the texts and none for others. A vocabulary larger than
-    the texts support becomes as large as they do. The same texts give the same model.
+    the texts support becomes as large as they do. The same texts give the same model. `specials` are names of tokens
+    that no text becomes.
 
     Raises:
         DataError: no text, or a vocabulary too small for the characters in it.
@@ -105,6 +110,7 @@ def train_sentencepiece(
             split_digits=True,
             max_sentence_length=1 << 20,
             user_defined_symbols=symbols,
+            control_symbols=list(specials),
             unk_id=0,
             bos_id=1,
             eos_id=2,

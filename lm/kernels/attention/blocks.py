@@ -1,5 +1,6 @@
 """Attention in plain XLA that leaves out what the causal mask hides: each block of queries meets only the keys up to
-its end, and with a window only those from its reach on. Up to 7/16 of the scores are never computed."""
+its end, and with a window only those from its reach on. Up to 7/16 of the scores are never computed. Prefixes may reach
+across any block, so with these all scores are."""
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ def attention_in_blocks(
     window: int,
     softcap: float | None,
     same_tokens: bool,
+    query_prefix: jax.Array | None = None,
+    key_prefix: jax.Array | None = None,
 ) -> jax.Array:
     """See `lm.kernels.attention.attention`. Scores and softmax are float32."""
     batch, length, heads, head_dim = q.shape
@@ -29,9 +32,13 @@ def attention_in_blocks(
 
     whole = [(0, length, 0, k.shape[2])]
     results = []
-    for start, stop, first, last in blocks(length, window) if same_tokens else whole:
+    for start, stop, first, last in blocks(length, window) if same_tokens and query_prefix is None else whole:
         distance = query_positions[:, start:stop, None] - key_positions[:, None, first:last]
-        visible = (query_segments[:, start:stop, None] == key_segments[:, None, first:last]) & (distance >= 0)
+        ahead = distance >= 0
+        if query_prefix is not None and key_prefix is not None:
+            ahead |= (query_prefix[:, start:stop, None] & key_prefix[:, None, first:last]) == 1
+            distance = jnp.abs(distance)
+        visible = (query_segments[:, start:stop, None] == key_segments[:, None, first:last]) & ahead
         if window:
             visible &= distance < window
         keys, values = k[:, :, first:last], v[:, :, first:last]

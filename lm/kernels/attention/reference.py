@@ -15,6 +15,8 @@ def reference_attention(
     key_positions: jax.Array,
     window: int,
     softcap: float | None,
+    query_prefix: jax.Array | None = None,
+    key_prefix: jax.Array | None = None,
 ) -> jax.Array:
     """See `lm.kernels.attention.attention`. Scores and softmax are float32, memory is B * H * S * T."""
     batch, length, heads, head_dim = q.shape
@@ -24,9 +26,12 @@ def reference_attention(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     distance = query_positions[:, :, None] - key_positions[:, None, :]
-    visible = (query_segments[:, :, None] == key_segments[:, None, :]) & (distance >= 0)
+    visible = distance >= 0
+    if query_prefix is not None and key_prefix is not None:
+        visible |= (query_prefix[:, :, None] == 1) & (key_prefix[:, None, :] == 1)
+    visible &= query_segments[:, :, None] == key_segments[:, None, :]
     if window:
-        visible &= distance < window
+        visible &= jnp.abs(distance) < window
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgst,btkd->bskgd", weights, v).reshape(q.shape)

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -34,13 +35,28 @@ def attention(
     softcap: float | None,
     columns: "Columns | None" = None,
     *,
+    query_prefix: jax.Array | None = None,
+    key_prefix: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `lm.kernels.attention.attention`. Columns stand for positions: within a segment, both grow alike."""
-    kernel = _kernel(q.shape, k.shape[1], window, softcap, columns, interpret)
+    """See `lm.kernels.attention.attention`. Columns stand for positions: within a segment, both grow alike.
+
+    The kernel's mask is known when it is compiled, where prefixes end is not. So with these it runs twice, the second
+    time over all scores and with prefixes as segments of their own: three times the work of the causal half.
+    """
+    shape = q.shape
     q, k, v = ((x.transpose(0, 2, 1, 3)) for x in (q * q.shape[3] ** -0.5, k, v))
-    y = jax.vmap(kernel)(q, k, v, splash_attention.SegmentIds(query_segments, key_segments))
-    return y.transpose(0, 2, 1, 3)
+
+    def run(query_segments: jax.Array, key_segments: jax.Array, *, causal: bool) -> jax.Array:
+        kernel = _kernel(shape, k.shape[2], window, softcap, columns, causal, interpret)
+        y = jax.vmap(kernel)(q, k, v, splash_attention.SegmentIds(query_segments, key_segments))
+        return y.transpose(0, 2, 1, 3)
+
+    y = run(query_segments, key_segments, causal=True)
+    if query_prefix is None or key_prefix is None:
+        return y
+    both_ways = run(2 * query_segments + query_prefix, 2 * key_segments + key_prefix, causal=False)
+    return jnp.where(query_prefix[:, :, None, None] == 1, both_ways, y)
 
 
 def block_sizes(queries: int, keys: int, window: int, head_dim: int = 128) -> splash_attention.BlockSizes:
@@ -68,13 +84,20 @@ def _kernel(
     window: int,
     softcap: float | None,
     columns: "Columns | None",
+    causal: bool,
     interpret: bool,
 ) -> Any:
     """The kernel for the queries of this device, [B, S, H, d]."""
     _, queries, heads, head_dim = q
     parts = 1 if columns is None else columns.parts
     shape = (keys, keys)
-    mask = masks.LocalMask(shape, (window - 1, 0), 0, parts) if window else masks.CausalMask(shape, 0, parts)
+    mask: Any
+    if window:
+        mask = masks.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0, parts)
+    elif causal:
+        mask = masks.CausalMask(shape, 0, parts)
+    else:  # the same for all queries, whatever their columns
+        parts, columns, mask = 1, None, masks.FullMask((queries, keys))
     if columns is not None:
         mask.q_sequence = columns.order
     kernel = splash_attention.make_splash_mha(
