@@ -57,10 +57,11 @@ class SourceConfig:
     tokens: Literal["uint16", "uint32", "llm.c", "megatron"] | None = None
     separator: int | None = None
     holdout_paths: tuple[str, ...] = ()
+    # Where they are not what `data` says.
+    holdout_by: Literal["document", "tail"] | None = None
+    holdout_fraction: float | None = None
     fim_rate: float | None = None
-    """Where it is not what `data.fim_rate` says."""
     max_epochs: float | None = None
-    """Where it is not what `data.max_epochs` says."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for values that cannot work."""
@@ -197,8 +198,11 @@ class DataConfig:
         """What one of `sources` is built with."""
         fields = ("paths", "dir", "text_field", "filter", "tokens", "separator", "holdout_paths")
         own = {name: getattr(source, name) for name in fields}
-        inherited = 0.0 if source.tokens else self.fim_rate
-        own["fim_rate"] = inherited if source.fim_rate is None else source.fim_rate
+        if source.tokens:
+            own["fim_rate"] = 0.0
+        for name in ("holdout_by", "holdout_fraction", "fim_rate"):
+            if getattr(source, name) is not None:
+                own[name] = getattr(source, name)
         return dataclasses.replace(self, sources=(), mixture=(), **own)
 
     def _check_sources(self) -> Iterator[tuple[str, str]]:

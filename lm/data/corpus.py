@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from etils import epath
@@ -146,8 +147,14 @@ def _build_source(
     progress: Progress,
     share: Share,
 ) -> None:
-    try:
+    with _named(source):
         build_share(data.of(source), _folder(directory, source), Named(source.name, progress), tokenizer, share)
+
+
+@contextlib.contextmanager
+def _named(source: SourceConfig) -> Iterator[None]:
+    try:
+        yield
     except (DataError, ConfigError) as error:
         raise type(error)(f"source {source.name}: {error}") from None
 
@@ -169,10 +176,18 @@ def _shared_tokenizer(data: DataConfig, directory: epath.Path, progress: Progres
 
 def samples(data: DataConfig) -> Sequence[Sample]:
     """What a tokenizer of `data` is trained on: of each source that has text."""
+    if not data.sources:
+        return [_sample(data)]
     found = []
-    for one in [data.of(source) for source in data.sources if source.paths] or [data]:
-        sources.load_filter(one.filter)
-        listed = sources.list_files(one.paths, one.holdout_paths, one.tokens)
-        parts = divide(listed, part_bytes(listed))
-        found.append(Sample(one, parts, holdout_below(one, parts)))
+    for source in data.sources:
+        if source.paths and source.tokens is None:
+            with _named(source):
+                found.append(_sample(data.of(source)))
     return found
+
+
+def _sample(config: DataConfig) -> Sample:
+    sources.load_filter(config.filter)
+    listed = sources.list_files(config.paths, config.holdout_paths, config.tokens)
+    parts = divide(listed, part_bytes(listed))
+    return Sample(config, parts, holdout_below(config, parts))

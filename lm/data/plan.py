@@ -22,6 +22,7 @@ PART_FILES = "part-*.json"
 
 MIN_PART_BYTES = 4 << 20
 MAX_PART_BYTES = 64 << 20
+MAX_PARTS = 16384  # parts get larger instead: of each there is a line in the manifest, and a file or two
 
 # What says where files are, or what is made of them when they are read; as all does that is free in a config.
 _AFTERWARDS = ("paths", "sources", "mixture", "packing", "attention", "prefix_rate")
@@ -73,8 +74,9 @@ class Plan:
 
 
 def part_bytes(listed: list[File]) -> int:
-    """The size of parts: enough of them for several processes, not so many that shards get tiny."""
-    return min(max(sum(file.size for file in listed) // 16, MIN_PART_BYTES), MAX_PART_BYTES)
+    """The size of parts: enough of them for several processes, not so many that shards get tiny, or too many."""
+    size = sum(file.size for file in listed)
+    return max(min(max(size // 16, MIN_PART_BYTES), MAX_PART_BYTES), size // MAX_PARTS)
 
 
 def divide(listed: list[File], limit: int) -> list[list[Piece]]:

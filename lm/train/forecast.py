@@ -34,7 +34,7 @@ class Forecast:
 
     def __init__(self, expected: Expected | None, compiled: jax.stages.Compiled, device: jax.Device):
         self._expected, self._device = expected, device
-        self._of_program = None if _peak_memory(device) else _program_memory(compiled)
+        self._of_program = None if _peak_memory(device) else _program_memory(compiled, device.platform)
 
     def values(self) -> dict[str, float]:
         """For metrics.jsonl."""
@@ -71,12 +71,13 @@ def _peak_memory(device: jax.Device) -> int | None:
         return None
 
 
-def _program_memory(compiled: jax.stages.Compiled) -> int | None:
+def _program_memory(compiled: jax.stages.Compiled, platform: str) -> int | None:
     """The most at one time on one device, or what it adds up to where the compiler does not say; donated once."""
     found = compiled.memory_analysis()
     if found is None:
         return None
-    if peak := getattr(found, "peak_memory_in_bytes", 0):
+    # On CPUs it is said without what is temporary.
+    if platform != "cpu" and (peak := getattr(found, "peak_memory_in_bytes", 0)):
         return int(peak)
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return int(held + found.temp_size_in_bytes)

@@ -23,7 +23,7 @@ def compiled() -> jax.stages.Compiled:
 
 
 def counting(peak: int) -> Any:
-    return SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": peak, "bytes_in_use": 1})
+    return SimpleNamespace(platform="tpu", memory_stats=lambda: {"peak_bytes_in_use": peak, "bytes_in_use": 1})
 
 
 def test_a_device_that_does_not_count_is_said_to_use_what_the_program_needs(compiled: jax.stages.Compiled) -> None:
@@ -33,6 +33,12 @@ def test_a_device_that_does_not_count_is_said_to_use_what_the_program_needs(comp
         "expected_step_seconds": 0.41,
         "expected_memory_bytes": 1_200_000_000,
     }
+
+
+def test_what_is_temporary_counts() -> None:
+    ones = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
+    compiled = jax.jit(lambda a: jnp.sort(a @ a, axis=0).sum()).lower(ones).compile()
+    assert Forecast(None, compiled, jax.devices()[0]).values()["memory_bytes"] > 7_000_000
 
 
 def test_a_device_that_counts_is_asked_each_time(compiled: jax.stages.Compiled) -> None:
@@ -47,7 +53,7 @@ def test_a_backend_that_has_no_memory_statistics(compiled: jax.stages.Compiled) 
     def fail() -> None:
         raise jax.errors.JaxRuntimeError("UNIMPLEMENTED")
 
-    device: Any = SimpleNamespace(memory_stats=fail)
+    device: Any = SimpleNamespace(platform="cpu", memory_stats=fail)
     assert Forecast(None, compiled, device).values() == {"memory_bytes": 8_000_000}
 
 
@@ -69,7 +75,7 @@ def test_without_a_prediction_there_is_no_line(compiled: jax.stages.Compiled) ->
 
 
 def test_memory_that_nobody_knows_is_left_out() -> None:
-    silent: Any = SimpleNamespace(memory_stats=lambda: None, memory_analysis=lambda: None)
+    silent: Any = SimpleNamespace(platform="cpu", memory_stats=lambda: None, memory_analysis=lambda: None)
     found = Forecast(EXPECTED, silent, silent)
     assert "memory_bytes" not in found.values()
     assert found.compared(0.41) == "predicted 0.41 s a step and 1.20 GB, measured 0.41 s (+0%)"
