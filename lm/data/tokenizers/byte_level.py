@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 
 from lm.data.tokenizers.base import Kind, Tokenizer, valid_text
+from lm.data.tokenizers.quick import GPT2_PATTERN, Encode, quick_encoder
 from lm.errors import DataError
+
+QUICK_FROM = 1 << 20
+"""Characters after which a quicker encoder is made."""
 
 
 def library(kind: Kind) -> Any:
@@ -29,10 +33,23 @@ class LibraryTokenizer(Tokenizer):
     """A tokenizer whose `_model` is one of the `tokenizers` library."""
 
     _model: Any
+    _characters = 0
+    _quick: Encode | None = None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        batch = self._model.encode_batch([valid_text(text) for text in texts], add_special_tokens=False)
+        texts = [valid_text(text) for text in texts]
+        if self._characters < QUICK_FROM:
+            self._characters += sum(map(len, texts))
+            if self._characters >= QUICK_FROM:
+                self._quick = self._quick_encoder()
+        if self._quick is not None:
+            return [self._quick(text) for text in texts]
+        batch = self._model.encode_batch(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in batch]
+
+    def _quick_encoder(self) -> Encode | None:
+        """One that gives the same ids sooner, if there is any. Takes a second to make."""
+        raise NotImplementedError
 
 
 class ByteLevelBPE(LibraryTokenizer):
@@ -72,6 +89,7 @@ class ByteLevelBPE(LibraryTokenizer):
         table = [b"" if i in special else byte_level_bytes(names[i], origin) for i in range(size)]
         super().__init__(table, content)
         self._names = names
+        self._parts = vocab, merges, pattern or GPT2_PATTERN
         self._model = tokenizers.Tokenizer(tokenizers.models.BPE(dict(vocab), list(merges), ignore_merges=whole_words))
         to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
         if pattern is not None:
@@ -81,6 +99,9 @@ class ByteLevelBPE(LibraryTokenizer):
 
     def _name(self, token: int) -> str:
         return self._names[token]
+
+    def _quick_encoder(self) -> Encode | None:
+        return quick_encoder(*self._parts, lambda word: byte_level_bytes(word, self.kind))
 
 
 def byte_level_bytes(piece: str, origin: str) -> bytes:

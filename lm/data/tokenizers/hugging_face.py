@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from lm.data.tokenizers.byte_level import LibraryTokenizer, byte_level_bytes, library
+from lm.data.tokenizers.quick import Encode, of_json
 from lm.data.tokenizers.sentinels import FIM_NAMES
 from lm.errors import DataError
 
@@ -48,6 +49,9 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         self.bos_id, self.eos_id = (begin + end)[0], (end + begin)[0]
         adds_space = unspaced and self._table[next(iter(self.encode("a")), self.bos_id)].startswith(b" ")
         self._strip = b" " if adds_space else b""
+
+    def _quick_encoder(self) -> Encode | None:
+        return of_json(self._model.to_str(), lambda word: byte_level_bytes(word, self.kind))
 
     def _name(self, token: int) -> str:
         return self._model.id_to_token(token) or f"<unused {token}>"

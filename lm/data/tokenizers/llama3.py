@@ -8,13 +8,10 @@ import itertools
 from collections.abc import Mapping
 
 from lm.data.tokenizers.byte_level import ByteLevelBPE, printable
+from lm.data.tokenizers.quick import LLAMA3_PATTERN
 from lm.errors import DataError
 
 _SPECIALS = 256  # ids after the ranks; all but the first two are reserved for what is done after pretraining
-_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 class Llama3Tokenizer(ByteLevelBPE):
@@ -40,7 +37,7 @@ class Llama3Tokenizer(ByteLevelBPE):
             vocab={printable(word): rank for word, rank in ranks.items()},
             merges=[(printable(pair[0]), printable(pair[1])) for pair in parts if len(pair) == 2],
             specials={name: len(ranks) + i for i, name in enumerate(names)},
-            pattern=_PATTERN,
+            pattern=LLAMA3_PATTERN,
             whole_words=True,
         )
         self.bos_id, self.eos_id = len(ranks), len(ranks) + 1
