@@ -149,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     verb = add(data, "build", _data_build, "tokenize the sources of a config", overrides=True)
     verb.add_argument("config", metavar="CONFIG")
     verb.add_argument("--part", metavar="I/N", help="on machine I of N, from 1/N to N/N: its share of all parts")
+    verb = add(data, "verify", _data_verify, "read all that was built, and compare checksums", overrides=True)
+    verb.add_argument("config", metavar="RUN_OR_CONFIG")
     verb = add(data, "tokenizer", _data_tokenizer, "train or load a config's tokenizer, and measure it", overrides=True)
     verb.add_argument("config", metavar="CONFIG")
     verb.add_argument("--out", metavar="FILE", help="write it there")
@@ -334,6 +336,15 @@ def _data_build(options: argparse.Namespace) -> None:
         build_corpus(config.data, config.data_dir, progress)
     else:
         build_corpus_share(config.data, config.data_dir, progress, parse_share(options.part))
+
+
+def _data_verify(options: argparse.Namespace) -> None:
+    from lm.data.corpus import open_corpus
+    from lm.data.scan import verify
+
+    config = _load(options)
+    count = verify(open_corpus(config.data_dir, config.data), print)
+    print(f"all {count} shards in {config.data_dir} are as they were built")
 
 
 def _data_tokenizer(options: argparse.Namespace) -> None:

@@ -156,6 +156,14 @@ class ShardReader:
         """The record's content as stored. Raises DataError as `read` does."""
         return self._do(f"{self._name}: record {index}", lambda: self._stored(index))
 
+    def verify(self) -> None:
+        """Reads all of it. Raises DataError if that is not what was written."""
+        digest = hashlib.sha256()
+        for index in range(self._shard.records):
+            digest.update(self.raw(index))
+        if digest.hexdigest() != self._shard.sha256:
+            raise DataError(f"{self._name}: changed since it was built; build again")
+
     def _do(self, what: str, read: Callable[[], _Result]) -> _Result:
         try:
             return self._reads(what, read)

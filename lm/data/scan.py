@@ -14,6 +14,7 @@ from etils import epath
 
 from lm.data import workers
 from lm.data.corpus import Corpus
+from lm.data.manifest import SPLITS
 from lm.data.progress import Meter, Progress
 from lm.data.records import Shard, ShardReader
 
@@ -72,6 +73,16 @@ def scan(
                 meter(done)
     if not small:
         meter.finish()
+
+
+def verify(corpus: Corpus, progress: Progress) -> int:
+    """Reads all shards of both splits, and gives their number. Raises DataError for one that is not as it was built."""
+    found = [place for split in SPLITS for place in places(corpus, split)]
+    return sum(1 for _ in scan(_verify, found, corpus.data.workers, "verifying", progress))
+
+
+def _verify(place: Place) -> None:
+    place.reader().verify()
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,21 @@ def test_data_build_and_show(lm: Lm, workplace: Path, undisturbed: Path) -> None
         assert shown == lm("data", "show", "tiny.py", "--data.dir=built", "--step", step).stdout
 
 
+def test_data_verify(in_workplace: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for folder, text in (("one", "some text"), ("other", "same size")):
+        (tmp_path / folder).mkdir()
+        for number in range(9):
+            (tmp_path / folder / f"{number}.txt").write_text(f"{text} {number}")
+        built = [f"--data.dir={tmp_path}/{folder}/built", f"--data.paths={tmp_path}/{folder}/*.txt"]
+        assert main(["data", "build", "tiny.py", *built]) == 0
+    assert main(["data", "verify", "tiny.py", f"--data.dir={tmp_path}/one/built"]) == 0
+    assert "all 2 shards in " in capsys.readouterr().out
+    shard = "train-00000.array_record"
+    (tmp_path / "one" / "built" / shard).write_bytes((tmp_path / "other" / "built" / shard).read_bytes())
+    assert main(["data", "verify", "tiny.py", f"--data.dir={tmp_path}/one/built"]) == 3
+    assert f"{shard}: changed since it was built" in capsys.readouterr().err
+
+
 def test_some_rows_of_a_batch(in_workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "show", str(undisturbed), "--step=3", "--rows=1:3"]) == 0
     assert re.findall("── row [0-9]+", capsys.readouterr().out) == ["── row 1", "── row 2"]
