@@ -228,6 +228,10 @@ def axlearn(
 
 
 FOUR_SLICES = {"data": 4, "fsdp": 256}
+ONE_SLICE = (
+    "theirs splits weights over both slices; here only batches and stages cross them, so twice the weights lie on each "
+    "chip, and what fits splits sequence and heads over 128 chips and recomputes all"
+)
 BOTH_SLICES = "theirs is sharded over both slices"
 INPUT = "input of layers offloaded too"
 UNFUSED = "attention without a kernel"
@@ -328,7 +332,9 @@ ROWS = [
     recipe("Llama 3.1 70B", LLAMA3_70B, "v6e:16x16", 5, 42.656, "50.33", offloaded=QKV, note=INPUT),
     recipe("Llama 2 70B", LLAMA2_70B, "v6e:16x16", 2, 9.052, "43.8", length=4096, offloaded=QKV),
     recipe("GPT-3 175B", GPT3, "v6e:16x16", 3, 17.182, length=2048),
-    recipe("Llama 3.1 405B", LLAMA3_405B, "v6e:16x16", 1, 54.803, slices=2, note=BOTH_SLICES, safe=False),
+    recipe(
+        "Llama 3.1 405B", LLAMA3_405B, "v6e:16x16", 1, 54.803, slices=2, note=BOTH_SLICES, safe=False, why=ONE_SLICE
+    ),
     recipe(
         "Llama 3.1 405B",
         LLAMA3_405B,
