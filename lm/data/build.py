@@ -35,7 +35,7 @@ from lm.data.plan import (
 )
 from lm.data.progress import Meter, Progress
 from lm.data.records import Shard
-from lm.data.shares import Share, wait_until
+from lm.data.shares import WHOLE, Share, wait_until
 from lm.data.sources import File
 from lm.data.splits import holdout_below
 from lm.data.tokenizers import FILE_NAMES, Tokenizer, load_tokenizer
@@ -74,7 +74,7 @@ def build_share(
     directory: epath.PathLike,
     progress: Progress,
     tokenizer: Tokenizer | None = None,
-    share: Share = Share(),  # noqa: B008
+    share: Share = WHOLE,
 ) -> Manifest | None:
     """Like `build`, on one of several machines that see the same directory and sources. None: others are not done.
 

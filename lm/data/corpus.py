@@ -17,7 +17,7 @@ from lm.data.manifest import FILE, SPLITS, Manifest, read_manifest, read_tokeniz
 from lm.data.mixture import Mixture
 from lm.data.plan import divide, part_bytes
 from lm.data.progress import Named, Progress
-from lm.data.shares import Share
+from lm.data.shares import WHOLE, Share
 from lm.data.splits import holdout_below
 from lm.data.stream import TokenStream
 from lm.data.tokenizers import FILE_NAMES, Tokenizer, load_tokenizer
@@ -103,7 +103,7 @@ def build_corpus(data: DataConfig, directory: epath.PathLike, progress: Progress
 
     Raises as `build` does, and DataError when a shard is missing or of another size than when it was built.
     """
-    build_corpus_share(data, directory, progress, Share())
+    build_corpus_share(data, directory, progress, WHOLE)
     return _checked(open_corpus(directory, data))
 
 

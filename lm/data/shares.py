@@ -40,6 +40,9 @@ class Share:
         return part % self.count == self.index
 
 
+WHOLE = Share()
+
+
 def parse_share(text: str) -> Share:
     """From 1/8 up to 8/8. Raises ConfigError for all else."""
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)

@@ -59,8 +59,8 @@ def run(
         pool.shutdown()
     except BrokenProcessPool:
         raise DataError(
-            "a process of the build was killed, perhaps for lack of memory; start it again to go on, "
-            "with a smaller data.workers if it was memory"
+            "one of its processes was killed, perhaps for lack of memory; the same command goes on, with a smaller "
+            "data.workers if it was memory"
         ) from None
     finally:
         # A running job may take long, and one that is not finished is done again anyway.
