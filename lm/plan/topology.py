@@ -58,7 +58,7 @@ def topology(name: str, *, slices: int = 1) -> Topology:
     if slices < 1:
         raise ConfigError(f"slices must be at least 1, got {slices}")
     wrap = (wrapped(chip, shape),) * len(shape)
-    return Topology(name, chip, shape, slices, wrap, _devices(chip, shape, slices, wrap))
+    return Topology(name, chip, shape, slices, wrap, _devices(chip, shape, slices, _check_libtpu()))
 
 
 def parse_name(name: str) -> tuple[Chip, tuple[int, ...]]:
@@ -117,11 +117,8 @@ def _nearest(name: str) -> list[str]:
     return [f"{chip.name}:{'x'.join(map(str, shape))}" for shape in sorted(shapes(chip), key=distance)[:3]]
 
 
-@functools.cache
-def _devices(chip: Chip, shape: tuple[int, ...], slices: int, wrap: tuple[bool, ...]) -> tuple[jax.Device, ...]:
-    # Read when libtpu is loaded: no search for a machine with a TPU, and another process may have it loaded too.
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+def _check_libtpu() -> str:
+    """The version of libtpu that is installed. Raises ConfigError when it is missing or not the one for this JAX."""
     wanted = wanted_libtpu()
     try:
         found = importlib.metadata.version("libtpu")
@@ -135,10 +132,18 @@ def _devices(chip: Chip, shape: tuple[int, ...], slices: int, wrap: tuple[bool, 
             f"libtpu {found} does not go with jax {jax.__version__}, which compiles with {wanted}: "
             f"pip install 'libtpu=={wanted}'"
         )
+    return found
+
+
+@functools.cache
+def _devices(chip: Chip, shape: tuple[int, ...], slices: int, libtpu: str) -> tuple[jax.Device, ...]:
+    # Read when libtpu is loaded: no search for a machine with a TPU, and another process may have it loaded too.
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
     from jax.experimental import topologies  # loads much, and only here
 
     options: dict[str, Any] = {
-        "wrap": (*wrap, wrap[0])[:3],
+        "wrap": (wrapped(chip, shape),) * 3,
         "num_slices": slices,
         "chip_config_name": "megacore" if chip in _MEGACORE else "default",
         "chips_per_host_bounds": host_shape(chip, shape),
@@ -147,7 +152,7 @@ def _devices(chip: Chip, shape: tuple[int, ...], slices: int, wrap: tuple[bool, 
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:
-        raise ConfigError(f"libtpu {found} cannot describe {name}: {error}") from error
+        raise ConfigError(f"libtpu {libtpu} cannot describe {name}: {error}") from error
     return tuple(described.devices)
 
 
