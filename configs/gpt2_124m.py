@@ -6,11 +6,12 @@
 The tokenizer is GPT-2's, as a Hugging Face tokenizer.json (50,257 ids).
 """
 
+from lm.checkpoint.config import CheckpointConfig
 from lm.data.config import DataConfig, TokenizerConfig
 from lm.experiment import Config, RunConfig
 from lm.model.config import ModelConfig
 from lm.optim.config import OptimConfig
-from lm.train.config import CheckpointConfig, EvalConfig, TrainConfig
+from lm.train.config import EvalConfig, TrainConfig
 
 config = Config(
     run=RunConfig(dir="runs/gpt2_124m"),

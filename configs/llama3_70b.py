@@ -7,12 +7,13 @@ Made for 512 chips of TPU v5p: everything is fully sharded. The tokenizer is Met
 point data.tokenizer.path at it.
 """
 
+from lm.checkpoint.config import CheckpointConfig
 from lm.data.config import DataConfig, TokenizerConfig
 from lm.experiment import Config, RunConfig
 from lm.model.config import ModelConfig
 from lm.optim.config import OptimConfig
 from lm.parallel.mesh import MeshConfig
-from lm.train.config import CheckpointConfig, EvalConfig, SampleConfig, TrainConfig
+from lm.train.config import EvalConfig, SampleConfig, TrainConfig
 
 config = Config(
     run=RunConfig(dir="runs/llama3_70b"),

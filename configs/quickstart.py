@@ -5,11 +5,12 @@
 The text is the source code of the library of the Python that runs this: nothing is downloaded.
 """
 
+from lm.checkpoint.config import CheckpointConfig
 from lm.data.config import DataConfig, TokenizerConfig
 from lm.experiment import Config, RunConfig
 from lm.model.config import ModelConfig
 from lm.optim.config import OptimConfig
-from lm.train.config import CheckpointConfig, EvalConfig, SampleConfig, TrainConfig
+from lm.train.config import EvalConfig, SampleConfig, TrainConfig
 
 VOCABULARY = 2048
 

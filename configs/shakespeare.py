@@ -6,11 +6,12 @@ Sizes and optimizer are those of nanoGPT's character-level CPU example (4 layers
 tokens), with rotary positions, RMSNorm and QK-norm, and a higher learning rate. The last tenth is held out.
 """
 
+from lm.checkpoint.config import CheckpointConfig
 from lm.data.config import DataConfig, TokenizerConfig
 from lm.experiment import Config, RunConfig
 from lm.model.config import ModelConfig
 from lm.optim.config import OptimConfig
-from lm.train.config import CheckpointConfig, EvalConfig, TrainConfig
+from lm.train.config import EvalConfig, TrainConfig
 
 config = Config(
     run=RunConfig(dir="runs/shakespeare"),

@@ -404,7 +404,7 @@ def _steps_done(source: str, config: "Config") -> tuple[int, str]:
     planned = config.train.steps
     if source.endswith((".py", ".json")):
         return planned, f"all {planned:,} that the config plans"
-    from lm.train.checkpoint import list_checkpoints
+    from lm.checkpoint.checkpoints import list_checkpoints
     from lm.train.run_directory import RunDirectory
 
     done = [info.step for info in list_checkpoints(RunDirectory(source).checkpoints) if info.problem is None]
@@ -420,7 +420,7 @@ def _on_stderr() -> "Progress":
 
 
 def _checkpoint_list(options: argparse.Namespace) -> None:
-    from lm.train.checkpoint import list_checkpoints
+    from lm.checkpoint.checkpoints import list_checkpoints
     from lm.train.run_directory import RunDirectory, is_run
 
     if not is_run(options.trained):

@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Iterator
 
+from lm.checkpoint.config import CheckpointConfig
 from lm.config import free
 from lm.data.config import DataConfig
 from lm.model.config import ModelConfig
 from lm.optim.config import OptimConfig
 from lm.parallel.mesh import MeshConfig
-from lm.train.config import CheckpointConfig, EvalConfig, LogConfig, SampleConfig, TrainConfig
+from lm.train.config import EvalConfig, LogConfig, SampleConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

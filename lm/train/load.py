@@ -8,12 +8,12 @@ import jax
 from jax.sharding import Mesh
 
 from lm import config as configs
+from lm.checkpoint.checkpoints import Checkpoints, list_checkpoints, read_attachment
 from lm.data.tokenizers import FILE_NAMES, Tokenizer, load_tokenizer
 from lm.errors import ConfigError, StorageError
 from lm.experiment import Config
 from lm.parallel.mesh import MeshConfig, count_slices, make_mesh
 from lm.parallel.processes import ALONE, Processes
-from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
 from lm.train.run_directory import RunDirectory, is_run
 from lm.train.state import abstract_state
 

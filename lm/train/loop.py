@@ -29,6 +29,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lm import config as configs
+from lm.checkpoint.checkpoints import Checkpoints, list_checkpoints, read_attachment
 from lm.data.batches import Batches, Evaluation
 from lm.data.corpus import build_corpus, manifest_files, open_corpus
 from lm.data.loader import Loader
@@ -36,6 +37,7 @@ from lm.data.reading import in_time, said_by
 from lm.data.report import report
 from lm.errors import ConfigError, DataError, DivergedError, Stopped, StorageError
 from lm.experiment import Config
+from lm.files import write_atomically
 from lm.model.flops import flops_per_token, parameter_count, peak_flops
 from lm.model.loss import Batch
 from lm.parallel.layout import layout_of
@@ -45,14 +47,13 @@ from lm.parallel.rows import local_rows, whole_batch
 from lm.parallel.sharding import batch_sharding, rules
 from lm.parallel.wire import say as say_here
 from lm.train import ledger
-from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
 from lm.train.forecast import Expect, Expected, Forecast
 from lm.train.heldout import HeldOut, held_out_loss
 from lm.train.host_memory import keep_freed_memory
 from lm.train.meter import Meter
 from lm.train.progress import Progress, human_count, human_seconds
 from lm.train.resume import refuse_if_changed
-from lm.train.run_directory import RunDirectory, write_atomically
+from lm.train.run_directory import RunDirectory
 from lm.train.sample import sample_text
 from lm.train.signals import StopRequest, stop_signals
 from lm.train.state import TrainState, abstract_state, in_one_stack, init_state

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from time import monotonic
 from typing import Self, TextIO
 
-from lm.train.run_directory import AppendOnlyFile
+from lm.files import AppendOnlyFile
 
 REDRAW_SECONDS = 0.1
 PLAIN_SECONDS = 10.0

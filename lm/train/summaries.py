@@ -22,7 +22,8 @@ from tensorboard.plugins.text import summary_v2 as text_plugin
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lm.errors import StorageError
-from lm.train.run_directory import AppendOnlyFile, RunDirectory
+from lm.files import AppendOnlyFile
+from lm.train.run_directory import RunDirectory
 
 # Name in metrics.jsonl -> tag in TensorBoard, which shows one section for each first part, by alphabet.
 # A name that is not here is shown as it is if it has a "/", else under other/.

@@ -17,11 +17,12 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from lm.checkpoint.config import CheckpointConfig
 from lm.data.config import DataConfig, TokenizerConfig
 from lm.experiment import Config, RunConfig
 from lm.model.config import ModelConfig
 from lm.optim.config import OptimConfig
-from lm.train.config import CheckpointConfig, EvalConfig, SampleConfig, TrainConfig
+from lm.train.config import EvalConfig, SampleConfig, TrainConfig
 from lm.train.loop import train
 
 SHAPE = {"vocab_size": 68, "layers": 4, "width": 128, "heads": 4}

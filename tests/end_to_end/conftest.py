@@ -20,7 +20,8 @@ from lm.data.config import DataConfig, TokenizerConfig
 from lm.experiment import Config, RunConfig
 from lm.model.config import ModelConfig
 from lm.optim.config import OptimConfig
-from lm.train.config import CheckpointConfig, EvalConfig, LogConfig, SampleConfig, TrainConfig
+from lm.checkpoint.config import CheckpointConfig
+from lm.train.config import EvalConfig, LogConfig, SampleConfig, TrainConfig
 
 config = Config(
     run=RunConfig(dir="run"),

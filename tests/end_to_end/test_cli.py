@@ -13,8 +13,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
+from lm.checkpoint.checkpoints import list_checkpoints
 from lm.cli import main
-from lm.train.checkpoint import list_checkpoints
 
 Lm = Callable[..., subprocess.CompletedProcess[str]]
 Error = Callable[[int, list[str]], str]

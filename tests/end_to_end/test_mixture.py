@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from lm import config as configs
+from lm.checkpoint.checkpoints import list_checkpoints, read_attachment
 from lm.data.batches import Batches
 from lm.data.corpus import open_corpus
 from lm.experiment import Config
-from lm.train.checkpoint import list_checkpoints, read_attachment
 
 Lm = Callable[..., subprocess.CompletedProcess[str]]
 Logged = Callable[[Path], list[dict[str, float]]]

@@ -17,9 +17,9 @@ import pytest
 
 import lm as package
 from launch.local import environment, free_port
+from lm.checkpoint.checkpoints import list_checkpoints
 from lm.data.batches import Batches
 from lm.data.corpus import open_corpus
-from lm.train.checkpoint import list_checkpoints
 
 from .conftest import CONFIG, STALLS
 
@@ -61,7 +61,7 @@ if "READ" in os.environ:
     Batches.places = places_and_note
 if os.environ.get("SMALL_FILES") == me:
     import resource
-    from lm.train import checkpoint
+    from lm.checkpoint import checkpoints as checkpoint
     start, fail = checkpoint._start_writing, checkpoint.Checkpoints._fail
 
     def limit(size):

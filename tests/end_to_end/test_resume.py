@@ -15,10 +15,10 @@ import jax
 import numpy as np
 import pytest
 
+from lm.checkpoint.checkpoints import list_checkpoints
 from lm.cli import main
 from lm.data.batches import Batches
 from lm.data.corpus import open_corpus
-from lm.train.checkpoint import list_checkpoints
 from lm.train.progress import Progress
 from lm.train.run_directory import RunDirectory
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from lm import files
 from lm.errors import ConfigError, StorageError
-from lm.train import run_directory
-from lm.train.run_directory import AppendOnlyFile, RunDirectory, is_run, write_atomically
+from lm.files import AppendOnlyFile, write_atomically
+from lm.train.run_directory import RunDirectory, is_run
 
 HOLDER = """
 import sys
@@ -189,7 +190,7 @@ def test_a_file_that_cannot_be_opened_is_told_once(tmp_path: Path) -> None:
 
 def bucket_file(path: Path, reports: list[str], monkeypatch: pytest.MonkeyPatch) -> AppendOnlyFile:
     """A local path that is treated as a bucket: always written whole."""
-    monkeypatch.setattr(run_directory, "_is_url", lambda _: True)
+    monkeypatch.setattr(files, "is_url", lambda _: True)
     return AppendOnlyFile(path, reports.append)
 
 
@@ -204,7 +205,7 @@ def test_in_a_bucket_the_file_is_written_whole_now_and_then_and_at_the_end(
     file.close()
     assert (tmp_path / "log.txt").read_bytes() == b"one\n2\n"
 
-    monkeypatch.setattr(run_directory, "UPLOAD_SECONDS", 0.01)
+    monkeypatch.setattr(files, "UPLOAD_SECONDS", 0.01)
     file.append(b"3\n")
     file.replace_last(lambda line: line * 2)
     deadline = time.monotonic() + 30

@@ -18,9 +18,9 @@ from typing import Any, Self
 
 from etils import epath
 
+from lm.checkpoint.digest import LeafDigest, StateDigest
 from lm.errors import StorageError
-from lm.train.digest import LeafDigest, StateDigest
-from lm.train.run_directory import write_atomically
+from lm.files import reason, write_atomically
 
 NAME = "manifest.json"
 FORMAT = 1  # of a checkpoint's folder; raise it when today's code could not read what is then written
@@ -148,9 +148,3 @@ def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
             yield from _files(path, f"{prefix}{path.name}/")
         else:
             yield prefix + path.name
-
-
-def reason(error: Exception) -> str:
-    """One line for a failure of storage, whose libraries raise classes of their own and write pages."""
-    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-    return text.splitlines()[0][:300]

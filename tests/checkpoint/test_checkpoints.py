@@ -19,14 +19,15 @@ import numpy as np
 import optax
 import pytest
 
+from lm.checkpoint import checkpoints as checkpoint
+from lm.checkpoint.checkpoints import Checkpoints, list_checkpoints, read_attachment
+from lm.checkpoint.config import CheckpointConfig
+from lm.checkpoint.digest import state_digest
 from lm.errors import ConfigError, StorageError
 from lm.experiment import Config
 from lm.model.config import ModelConfig
 from lm.parallel.mesh import MeshConfig, make_mesh
-from lm.train import checkpoint
-from lm.train.checkpoint import Checkpoints, list_checkpoints, read_attachment
-from lm.train.config import CheckpointConfig, TrainConfig
-from lm.train.digest import state_digest
+from lm.train.config import TrainConfig
 from lm.train.state import abstract_state, init_state
 
 ATTACHMENTS = {"config.json": b'{"run": 1}\n', "tokenizer.model": bytes(range(256))}
@@ -272,7 +273,7 @@ def test_what_is_kept(tmp_path: Path) -> None:
 def test_a_newer_format_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = Writer(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("lm.train.manifest.FORMAT", 2)
+        patch.setattr("lm.checkpoint.manifest.FORMAT", 2)
         writer.write(1)
     assert "has format 2, and 1 is the newest known" in str(list_checkpoints(tmp_path)[0].problem)
     with pytest.raises(StorageError, match="update lm"):
@@ -377,7 +378,7 @@ def test_kill(tmp_path: Path, moment: str) -> None:
     code = f"""
         import os, signal, sys
         import jax.numpy as jnp
-        from lm.train import checkpoint
+        from lm.checkpoint import checkpoints as checkpoint
         die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         writer = checkpoint.Checkpoints(sys.argv[1], checkpoint.CheckpointConfig(), {{}}, print)
         state = {{"w": jnp.zeros(8)}}
@@ -448,7 +449,7 @@ def test_a_pipeline_is_restored_as_another_one(
 LATE_WRITE = """
 import asyncio, threading
 import tensorstore
-import lm.train.checkpoint
+import lm.checkpoint.checkpoints
 
 async def save(late):
     async def fails():

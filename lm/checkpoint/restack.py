@@ -8,7 +8,7 @@ from typing import TypeVar
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.train.digest import leaf_paths
+from lm.checkpoint.digest import leaf_paths
 
 T = TypeVar("T")
 

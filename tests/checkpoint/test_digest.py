@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.train.digest import leaf_paths, start_digest, state_digest
+from lm.checkpoint.digest import leaf_paths, start_digest, state_digest
 
 SALT = (0x9E3779B9, 0x7F4A7C15, 0xBF58476D, 0x94D049BB)
 POSITION = (0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1)
@@ -127,7 +127,7 @@ def test_other_types_are_refused(x: jax.Array) -> None:
 
 
 def test_index_of_more_than_32_bits_by_shape_only() -> None:
-    from lm.train.digest import _reduce
+    from lm.checkpoint.digest import _reduce
 
     sums, finite = jax.eval_shape(_reduce, jax.ShapeDtypeStruct((2**20, 2**20), jnp.bfloat16))
     assert (sums.shape, sums.dtype, finite.shape) == ((4,), jnp.uint32, ())
@@ -137,7 +137,7 @@ def test_sharding_changes_nothing_and_no_array_is_gathered() -> None:
     code = """
         import jax, jax.numpy as jnp
         from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-        from lm.train.digest import _lanes_and_finite, state_digest
+        from lm.checkpoint.digest import _lanes_and_finite, state_digest
         w = jax.random.normal(jax.random.key(0), (64, 24, 128))
         x = {"w": w, "b": jnp.arange(16).astype(jnp.bfloat16)}
         expected = state_digest(x)

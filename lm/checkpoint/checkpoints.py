@@ -28,14 +28,14 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from lm.checkpoint.config import CheckpointConfig
+from lm.checkpoint.digest import LeafDigest, StateDigest, leaf_paths, start_digest, state_digest
+from lm.checkpoint.manifest import NAME as MANIFEST
+from lm.checkpoint.manifest import BadCheckpoint, FileChecksum, Manifest, file_sizes, reason, shares, verify
+from lm.checkpoint.restack import restack, restacked, stacked_as
 from lm.errors import ConfigError, LostProcessError, StorageError
+from lm.files import write_atomically
 from lm.parallel.processes import ALONE, Processes
-from lm.train.config import CheckpointConfig
-from lm.train.digest import LeafDigest, StateDigest, leaf_paths, start_digest, state_digest
-from lm.train.manifest import NAME as MANIFEST
-from lm.train.manifest import BadCheckpoint, FileChecksum, Manifest, file_sizes, reason, shares, verify
-from lm.train.restack import restack, restacked, stacked_as
-from lm.train.run_directory import write_atomically
 
 T = TypeVar("T")
 R = TypeVar("R")
