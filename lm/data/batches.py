@@ -1,21 +1,23 @@
 """The batch of step k as a pure function of (data, seed, k).
 
-Step k holds rows k*B to k*B + B - 1 of the run. Which source a row is from, and the how-manieth row of that source it
-is, says `mixture`; which tokens that one holds, `order`. No state, so any step is reached at once and on any number of
-hosts.
+Step k holds rows k*B to k*B + B - 1 of the run, or later ones where batches are left out (`lm.data.skips`). Which
+source a row is from, and the how-manieth row of that source it is, says `mixture`; which tokens that one holds,
+`order`. No state, so any step is reached at once and on any number of hosts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import bisect
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lm.data.corpus import Corpus
-from lm.data.order import ORDERS, Order, Spans
+from lm.data.order import Order, Spans, make_orders, spans_of
 from lm.data.prefix import Prefixes
 from lm.data.reading import Reads
+from lm.data.skips import Skips
 from lm.data.stream import Shelf, TokenStream, unmark
 from lm.errors import ConfigError, DataError
 
@@ -26,6 +28,8 @@ Rows = slice | np.ndarray
 
 ALL_ROWS = slice(None)
 
+_AHEAD_TOKENS = 1 << 21  # of batches whose places are found at once
+
 
 class Row(NamedTuple):
     """Where the tokens of a row are from."""
@@ -35,6 +39,18 @@ class Row(NamedTuple):
     epoch: int
     spans: list[tuple[int, int]]
     """(start, length) in the stream of the source."""
+
+
+class _Ahead(NamedTuple):
+    """The places of some rows in batches that follow each other."""
+
+    rows: Rows
+    first: int
+    places: list[tuple[np.ndarray, Spans]]
+
+    @property
+    def stop(self) -> int:
+        return self.first + len(self.places)
 
 
 class Batches:
@@ -53,21 +69,22 @@ class Batches:
     it; where it begins a document it is masked. Not for use by several threads at once: make one for each.
     """
 
-    def __init__(self, corpus: Corpus, batch_size: int, sequence_length: int, seed: int) -> None:
+    def __init__(
+        self, corpus: Corpus, batch_size: int, sequence_length: int, seed: int, skips: Skips | None = None
+    ) -> None:
         """Raises DataError if a source has nothing to train on."""
         _check_length(sequence_length)
+        self.skips = skips or Skips()
         self.corpus, self.batch_size, self.sequence_length, self._seed = corpus, batch_size, sequence_length, seed
         self._rows = _Rows(corpus, "train", sequence_length)
         self._prefixes = Prefixes(corpus.data.prefix_rate, seed) if corpus.data.prefix_rate else None
         self.mixture = corpus.mixture(batch_size)
         keys = [f"{seed}/{one.name}" if one.name else f"{seed}" for one in corpus.sources]
-        order = ORDERS[corpus.data.packing]
-        self.orders: list[Order] = [
-            order(stream, sequence_length, key) for stream, key in zip(self.streams, keys, strict=True)
-        ]
+        self.orders: Sequence[Order] = make_orders(corpus.data.packing, self.streams, sequence_length, keys)
+        self._ahead = _Ahead(slice(0), 0, [])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Batches, (self.corpus, self.batch_size, self.sequence_length, self._seed)
+        return Batches, (self.corpus, self.batch_size, self.sequence_length, self._seed, self.skips)
 
     @property
     def streams(self) -> list[TokenStream]:
@@ -81,10 +98,16 @@ class Batches:
 
     def epochs(self, step: int) -> list[float]:
         """How often each source has been read before the step."""
-        counts = self.mixture.counts(step * self.batch_size)
+        counts = self.mixture.counts(self.skips.batch(step) * self.batch_size)
         return [
             counts[one.name] / order.rows_per_epoch for one, order in zip(self.corpus.sources, self.orders, strict=True)
         ]
+
+    def begins_phase(self, step: int) -> bool:
+        """Whether the mixture is another one from this step on."""
+        starts = [start for start, _ in self.corpus.phases]
+        phase, before = (bisect.bisect_right(starts, self.skips.batch(one)) for one in (step, max(step - 1, 0)))
+        return phase != before
 
     def check_epochs(self, steps: int) -> None:
         """Raises ConfigError when a run of so many steps would read a source more often than its `max_epochs`."""
@@ -113,17 +136,11 @@ class Batches:
 
     def places(self, step: int, rows: Rows = ALL_ROWS) -> tuple[np.ndarray, Spans]:
         """int64 [B] the source of each row, and the stretches of that source that are in it."""
-        source, index = self.mixture.deal(self._numbers(step, rows))
-        found = []
-        for one in sorted({*source.tolist()}):
-            here = np.flatnonzero(source == one)
-            spans = self.orders[one].spans(index[here])
-            found.append(spans._replace(row=here[spans.row]))
-        if len(found) == 1:
-            return source, found[0]
-        spans = Spans(*(np.concatenate(part) for part in zip(*found, strict=True)))
-        order = np.argsort(spans.row, kind="stable")
-        return source, Spans(*(part[order] for part in spans))
+        number, ahead = self.skips.batch(step), self._ahead
+        if not (ahead.first <= number < ahead.stop and _same(ahead.rows, rows)):
+            follows = number == ahead.stop and _same(ahead.rows, rows)
+            self._ahead = ahead = self._work_ahead(number, 2 * len(ahead.places) if follows else 1, rows)
+        return ahead.places[number - ahead.first]
 
     def rows(self, step: int, rows: Rows = ALL_ROWS) -> list[Row]:
         """What `places` says, row by row."""
@@ -147,9 +164,25 @@ class Batches:
                 _, start, length = order.spans([index])
                 together = min(stop - at, int((length - (at - start) % order.stream.tokens).max()))
                 row = self.mixture.rows(source, index)
-                if row is not None and row < before * self.batch_size:
-                    yield *divmod(row, self.batch_size), together
+                step = None if row is None else self.skips.step(row // self.batch_size)
+                if row is not None and step is not None and step < before:
+                    yield step, row % self.batch_size, together
                 at += together
+
+    def _work_ahead(self, first: int, count: int, rows: Rows) -> _Ahead:
+        """The places in so many batches, or fewer where that would be much. As numpy is slow on few, it takes much
+        less time than to find those of each; they are lost if others follow, so the first of them are few."""
+        size = len(np.arange(self.batch_size)[rows])
+        count = max(1, min(count, _AHEAD_TOKENS // max(1, size * self.sequence_length)))
+        numbers = np.concatenate([self._rows_of(number, rows) for number in range(first, first + count)])
+        source, index = self.mixture.deal(numbers)
+        spans = spans_of(self.orders, source, index)
+        places = []
+        bounds = np.searchsorted(spans.row, np.arange(count + 1) * size)
+        for i in range(count):
+            row, start, length = (part[bounds[i] : bounds[i + 1]] for part in spans)
+            places.append((source[i * size : (i + 1) * size], Spans(row - i * size, start, length)))
+        return _Ahead(rows, first, places)
 
     def _with_prefixes(self, batch: Batch, numbers: np.ndarray, prefixes: Prefixes) -> Batch:
         inside, within = prefixes(batch["segments"], numbers)
@@ -159,7 +192,10 @@ class Batches:
 
     def _numbers(self, step: int, rows: Rows) -> np.ndarray:
         """int64 [n] of the rows, counted through the run."""
-        return (step * self.batch_size + np.arange(self.batch_size))[rows]
+        return self._rows_of(self.skips.batch(step), rows)
+
+    def _rows_of(self, batch: int, rows: Rows) -> np.ndarray:
+        return (batch * self.batch_size + np.arange(self.batch_size))[rows]
 
 
 class Evaluation:
@@ -238,12 +274,12 @@ class _Rows:
             edges[end] -= 1
             inside = np.cumsum(edges[:-1], dtype=np.int8).astype(bool).reshape(shape)
             inputs, targets, mask = inputs * inside, targets * inside, mask & inside
-        columns = np.arange(length, dtype=np.int32)
         if self._by_document:
-            segments = np.cumsum(begun, axis=1, dtype=np.int32) * inside
-            positions = (columns - np.maximum.accumulate(np.where(begun, columns, 0), axis=1)) * inside
+            begun[:, 0] = True
+            segments, positions = (part.reshape(shape) * inside for part in _documents(begun))
         else:
-            segments, positions = (np.broadcast_to(x, shape) * inside for x in (np.int32(1), columns))
+            whole = np.int32(1), np.arange(length, dtype=np.int32)
+            segments, positions = (np.broadcast_to(x, shape) * inside for x in whole)
         return {
             "tokens": inputs,
             "targets": targets,
@@ -255,7 +291,23 @@ class _Rows:
 
     def count_bytes(self, targets: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """int32 [B] bytes of text that the targets in the mask, [B, S] both, stand for."""
-        return (self._token_bytes[targets] * mask).sum(axis=1, dtype=np.int32)
+        return (self._token_bytes.take(targets) * mask).sum(axis=1, dtype=np.int32)
+
+
+def _documents(begun: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [B * S] the number of each token's document in its row, from 1, and the token's position in it, where
+    documents begin at bool [B, S] and in each row's first place."""
+    first = np.flatnonzero(begun).astype(np.int32)
+    size = np.diff(first, append=np.int32(begun.size))
+    number = np.arange(1, len(first) + 1) - np.searchsorted(first, first - first % begun.shape[1])
+    # Much faster than to add up and to compare along rows.
+    return np.repeat(number.astype(np.int32), size), np.arange(begun.size, dtype=np.int32) - np.repeat(first, size)
+
+
+def _same(one: Rows, other: Rows) -> bool:
+    if isinstance(one, slice) or isinstance(other, slice):
+        return type(one) is type(other) and one == other
+    return np.array_equal(one, other)
 
 
 def _check_length(sequence_length: int) -> None:

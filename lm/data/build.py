@@ -7,6 +7,7 @@ what the parts are parts of; `manifest.json` is written last and is all that rea
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -28,6 +29,7 @@ from lm.data.plan import (
     file_differences,
     part_bytes,
     part_file,
+    read_part,
     read_plan,
     refuse,
     setting_differences,
@@ -40,7 +42,7 @@ from lm.data.sources import File
 from lm.data.splits import holdout_below
 from lm.data.tokenizers import FILE_NAMES, Tokenizer, load_tokenizer
 from lm.data.vocabulary import Sample, make_tokenizer
-from lm.errors import DataError
+from lm.errors import DataError, StorageError
 
 PREPARED = "prepared.json"
 """Says, while a directory is being built, that what all parts need is there."""
@@ -91,7 +93,9 @@ def build_share(
     def waiting() -> None:
         progress(f"another process is building {folder}; waiting for it")
 
-    with files.sole_writer(folder, waiting, share.lock):
+    # Shares go side by side. A build of all that is missing goes alone: it would take away what they still read.
+    alone = files.sole_writer(folder, waiting, shared=share != WHOLE)
+    with alone, files.sole_writer(folder, waiting, share.lock):
         if not (folder / FILE).exists():
             files.remove_abandoned(folder)  # by builds that were killed: they may fill the disk
             return _build(config, folder, listed, progress, tokenizer, share)
@@ -123,7 +127,8 @@ def _as_built(config: DataConfig, folder: epath.Path, progress: Progress) -> Man
         return read_manifest(folder)
     refuse(folder, different)
     if plan.to_dict() != stored:
-        files.write_json(folder / PLAN, plan.to_dict())
+        with contextlib.suppress(StorageError):  # in a directory that cannot be written, files are compared each time
+            files.write_json(folder / PLAN, plan.to_dict())
     return read_manifest(folder)
 
 
@@ -180,7 +185,7 @@ def _prepare(
         files.write_atomically(path, tokenizer.serialize())
     if config.overlap_paths and not (begun and (folder / INDEX).exists()):
         index_evaluation_sets(config, folder / INDEX, progress)
-    files.write_json(folder / PREPARED, {"plan": plan.identity, "tokenizer": tokenizer.fingerprint})
+    files.write_json(folder / PREPARED, {"plan": plan.identity})
     return plan, tokenizer
 
 
@@ -260,10 +265,8 @@ def _build_parts(config: DataConfig, folder: epath.Path, plan: Plan, share: Shar
         found = find_duplicates(config, folder, plan, share, progress)
         if found is None:  # meanwhile others have built all
             return
-    jobs = [
-        Job(config, os.fspath(folder), part, plan.parts[part], plan.holdout_below, found and os.fspath(found))
-        for part in missing
-    ]
+    where, identity, left_out_in = os.fspath(folder), plan.identity, found and os.fspath(found)
+    jobs = [Job(config, where, part, plan.parts[part], plan.holdout_below, identity, left_out_in) for part in missing]
     meter = Meter("tokenising", sum(piece.stop - piece.start for job in jobs for piece in job.pieces), progress)
     for _ in workers.run(build_part, jobs, config.workers, meter):
         pass
@@ -276,8 +279,14 @@ def _collect(config: DataConfig, folder: epath.Path, plan: Plan, tokenizer: Toke
     skipped: dict[str, Counter[str]] = {}
     checksums: dict[str, str | None] = {}
     overlaps = []
+    identity = plan.identity
     for index in range(len(plan.parts)):
-        record = json.loads(part_file(folder, index).read_text())
+        record = read_part(folder, index)
+        if record.get("plan", identity) != identity:  # records of earlier versions have none
+            raise DataError(
+                f"{folder}: part {index} was built by a process with another config, or of other files, that still ran "
+                "when this build began; end it, delete the directory and build again"
+            )
         for split, shard in record["shards"].items():
             splits[split].append(Shard(**shard))
         for source, count in record["sources"].items():
@@ -286,7 +295,8 @@ def _collect(config: DataConfig, folder: epath.Path, plan: Plan, tokenizer: Toke
             # Parts that an earlier version built have none.
             checksums[source] = None if before is None or checksum is None else added(before, checksum)
             counts.setdefault(source, Counter()).update(count)
-        overlaps.append(record.get("overlap"))
+        if config.overlap_paths:
+            overlaps.append(record["overlap"])
     if not splits["train"]:
         left = "; all text was held out" if splits["heldout"] else ""
         raise DataError(f"data.paths: no document to train on in {', '.join(config.paths)}{left}")

@@ -7,7 +7,7 @@
    alike in one band.
 3. `_decide` follows likeness from document to document (A like B, B like C), as Lee et al. do (arXiv:2107.06499). Of
    each such group the first is kept: held-out documents first, then in the order of the parts. Only here does memory
-   grow, with the number of documents that are nearly like others: some 100 bytes for each.
+   grow, with the number of documents that are nearly like others: some 250 bytes for each.
 
 Two documents of Jaccard similarity s share a band with probability 1 - (1 - s^r)^b, of b bands of r slots; r is the
 largest with which that is at least 0.9 at `near_similarity`. For 0.8: r = 10, b = 25, so 0.94 at 0.8, 1.00 at 0.9, but
@@ -46,11 +46,14 @@ _RUN = 5  # words
 _SLOTS, _SEED = 256, 1
 _FOUND = 0.9
 
-_PREFIXES = 1024  # of hashes: what a bucket is at least
-_SPILL_BYTES = 64 << 20
-_BUCKET_BYTES = 128 << 20
+_PREFIX_BITS = 12  # of hashes: what a bucket is at least
+_PREFIXES = 1 << _PREFIX_BITS
+_SPILL_BYTES = 8 << 20  # sorting, joining and deciding take five times as much memory as this, or about that
+_BUCKET_BYTES = 16 << 20
+_PENDING_PAIRS = 1 << 19
 _STRETCH_BYTES = 256 << 20
 _BATCH_RUNS = 1 << 20
+_BATCH_DOCUMENTS = 1 << 12  # the library gives some 10 KB for each
 
 _ROW = np.dtype([("key", "<u8"), ("text", "<u8"), ("document", "<u4"), ("heldout", "u1")])
 _TRAINED = np.uint64(1 << 63)  # in the place of a document: what is trained on comes after what is held out
@@ -188,8 +191,10 @@ class _Rows:
             words = word_hashes(found.document.text) if tokens is None else mix(tokens.astype(np.uint64))
             self._runs.append(runs(words, min(_RUN, max(1, len(words)))))
             self._waiting += len(self._runs[-1])
-        if self._waiting + len(self._documents) >= _BATCH_RUNS:
+        if self._waiting >= _BATCH_RUNS or len(self._documents) >= _BATCH_DOCUMENTS:
             self._flush()
+            if sum(rows.nbytes for rows in self._arrays) >= _SPILL_BYTES:
+                self.spill()
 
     def spill(self) -> None:
         """Writes what is in memory to a file."""
@@ -198,7 +203,8 @@ class _Rows:
             return
         rows = np.concatenate(self._arrays)
         rows = rows[np.argsort(rows["key"], kind="stable")]
-        starts = np.searchsorted(rows["key"] >> np.uint64(54), np.arange(_PREFIXES + 1, dtype=np.uint64)).astype("<u4")
+        prefixes = rows["key"] >> np.uint64(64 - _PREFIX_BITS)
+        starts = np.searchsorted(prefixes, np.arange(_PREFIXES + 1, dtype=np.uint64)).astype("<u4")
         path = _rows_file(self._where, self._part, self.files)
         files.write_atomically(path, starts.tobytes() + rows.tobytes())
         self.files += 1
@@ -209,8 +215,6 @@ class _Rows:
         if self._documents:
             self._arrays += list(_rows(self._documents, self._runs, self._shape))
             self._documents, self._runs, self._waiting = [], [], 0
-        if sum(rows.nbytes for rows in self._arrays) >= _SPILL_BYTES:
-            self.spill()
 
 
 def _rows(
@@ -326,7 +330,7 @@ def _join_parts(config: DataConfig, where: epath.Path, count: int) -> None:
 
 
 def _decide(config: DataConfig, where: epath.Path, count: int, buckets: int) -> None:
-    near = _not_first(np.concatenate([_load(where, bucket, buckets, "pairs") for bucket in range(buckets)]))
+    near = _joined(_load(where, bucket, buckets, "pairs") for bucket in range(buckets))[:, 1]
     sizes = [len(_load(where, bucket, buckets, "copies")) for bucket in range(buckets)]
     stretches = min(count, 1 + 8 * (sum(sizes) + len(near)) // _STRETCH_BYTES)
     for bounds in np.array_split(np.arange(count), stretches):
@@ -345,19 +349,32 @@ def _decide(config: DataConfig, where: epath.Path, count: int, buckets: int) -> 
             )
 
 
-def _not_first(pairs: np.ndarray) -> np.ndarray:
-    """The places that are joined, by pairs, to a smaller one."""
+def _joined(found: Iterable[np.ndarray]) -> np.ndarray:
+    """uint64 [n, 2]: of the places that pairs join, each but the smallest of its group, after that smallest."""
+    groups = np.zeros((0, 2), np.uint64)
+    pending, waiting = [groups], 0
+    for pairs in found:
+        pending.append(pairs)
+        waiting += len(pairs)
+        if waiting > max(_PENDING_PAIRS, 2 * len(groups)):  # the same two places are found in many buckets
+            groups = _grouped(np.concatenate([groups, *pending]))
+            pending, waiting = [], 0
+    return _grouped(np.concatenate([groups, *pending]))
+
+
+def _grouped(pairs: np.ndarray) -> np.ndarray:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     if not len(pairs):
-        return np.zeros(0, np.uint64)
+        return pairs
     places, ends = np.unique(pairs, return_inverse=True)
     ends = ends.reshape(-1, 2)
     graph = coo_array((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), (len(places), len(places)))
     groups = connected_components(graph, directed=False)[1]
-    kept = np.unique(groups, return_index=True)[1]  # places ascend
-    return np.delete(places, kept)
+    firsts = np.unique(groups, return_index=True)[1][groups]  # places ascend
+    others = firsts != np.arange(len(places))
+    return np.stack([places[firsts], places], 1)[others]
 
 
 def _between(places: np.ndarray, first: int, stop: int, config: DataConfig) -> np.ndarray:

@@ -19,6 +19,8 @@ from etils import epath
 from lm.data.remote import opened
 from lm.errors import StorageError
 
+LOCK = "build.lock"
+
 
 def is_remote(path: epath.PathLike) -> bool:
     """Whether the path is a URL such as gs://bucket/file."""
@@ -90,10 +92,13 @@ def publish(temporary: Path, path: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def sole_writer(folder: epath.Path, waiting: Callable[[], None], name: str = "build.lock") -> Iterator[None]:
+def sole_writer(
+    folder: epath.Path, waiting: Callable[[], None], name: str = LOCK, *, shared: bool = False
+) -> Iterator[None]:
     """Lets one process after the other write in a local folder; calls `waiting` if another one is in it.
 
-    The lock ends with the process that holds it, however that ends. A bucket has none.
+    `shared`: others that say so too may be in it at the same time. The lock ends with the process that holds it,
+    however that ends. A bucket has none.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -104,15 +109,16 @@ def sole_writer(folder: epath.Path, waiting: Callable[[], None], name: str = "bu
     path = Path(os.fspath(folder)) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
+        file = path.open("a+b")  # NFS wants what is locked by several to be open for reading
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, kind)
         except OSError:
             pass  # some network file systems have no locks: better unguarded than not at all
         yield

@@ -159,6 +159,7 @@ def _search(place: Place, needle: bytes, kind: Any, file: str, limit: int) -> _R
             left, right = np.searchsorted(ends, (at, at + len(needle) - 1), side="right").tolist()
             split = begins[left + 1 : right + 1].any() or (sizes[tokens[left : right + 1]] == 0).any()
             if split or _is_added(tokenizer, needle, tokens, begins, ends, left, at):
+                resume = offset + at + 1  # seen again, it could lack the beginning of its document
                 at = text.find(needle, at + 1)
                 continue
             document = gone + int(begins[: left + 1].sum()) - 1

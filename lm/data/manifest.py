@@ -99,6 +99,9 @@ def read_manifest(directory: epath.PathLike) -> Manifest:
         raise DataError(f"{directory}: no built data here; run `lm data build` first") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: unreadable ({error!r}); delete the directory and build again") from None
+    names = [manifest.tokenizer.file, *(shard.file for split in SPLITS for shard in manifest.splits[split])]
+    if outside := [name for name in names if "/" in name]:
+        raise DataError(f"{path}: {outside[0]!r} is no name of a file beside it; delete the directory and build again")
     if manifest.fingerprint != fields.get("fingerprint"):
         raise DataError(f"{path}: changed since it was written; delete the directory and build again")
     return manifest

@@ -36,6 +36,8 @@ class Job:
     index: int
     pieces: list[Piece]
     holdout_below: int
+    plan: str
+    """The identity of the plan that the part is one of."""
     left_out_in: str | None = None
     """Where it says which documents are left out as duplicates."""
 
@@ -63,6 +65,7 @@ def build_part(job: Job) -> None:
         names = ", ".join(sorted({piece.file.name for piece in job.pieces})[:3])
         raise DataError(f"{names}: changed since duplicates were looked for; delete {folder} to build anew")
     record: dict[str, Any] = {
+        "plan": job.plan,
         "shards": {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()},
         "sources": {
             name: {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,15 +28,11 @@ class Permutation:
         self._masks = _mask(bits // 2), _mask(bits - bits // 2)
         keys = hashlib.sha512(key.encode()).digest()
         self._keys = np.frombuffer(keys, "<u8", count=_ROUNDS).astype(np.uint64)
+        self._parts = np.array([size, self._low_bits, *self._masks, *self._keys], np.uint64)
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
         """Maps int64 [...] indices in [0, size) to int64 [...] values in [0, size)."""
-        value = self._mix(np.asarray(index).astype(np.uint64).reshape(-1))
-        outside = np.flatnonzero(value >= self.size)
-        while outside.size:
-            value[outside] = self._mix(value[outside])
-            outside = outside[value[outside] >= self.size]
-        return value.astype(np.int64).reshape(np.shape(index))
+        return permute([self], np.zeros(np.size(index), np.int64), np.reshape(index, -1)).reshape(np.shape(index))
 
     def inverse(self, value: int) -> int:
         """The index that is mapped to `value`."""
@@ -43,15 +40,6 @@ class Permutation:
         while index >= self.size:
             index = self._unmix(index)
         return index
-
-    def _mix(self, value: np.ndarray) -> np.ndarray:
-        low_mask, high_mask = self._masks
-        low, high = value & low_mask, value >> self._low_bits
-        for key in self._keys:
-            # The halves trade places, widths included, so that odd bit counts work as well.
-            low, high = (high ^ scramble(low ^ key)) & high_mask, low
-            low_mask, high_mask = high_mask, low_mask
-        return low | (high << self._low_bits)  # as before all rounds, whose number is even
 
     def _unmix(self, value: int) -> int:
         low_mask, high_mask = self._masks
@@ -61,6 +49,28 @@ class Permutation:
             low_mask, high_mask = high_mask, low_mask
             low, high = high, (low ^ scramble(high ^ key)) & high_mask
         return int((low | (high << self._low_bits))[0])
+
+
+def permute(permutations: Sequence[Permutation], which: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Maps each of int64 [n] indices by the permutation number `which`, int64 [n]: as numpy is slow on few, all at
+    once, each with the sizes and keys of its own."""
+    parts = np.array([one._parts for one in permutations], np.uint64).reshape(-1, 4 + _ROUNDS).T[:, which]
+    size, value = parts[0], _mix(index.astype(np.uint64), parts)
+    outside = np.flatnonzero(value >= size)
+    while outside.size:
+        value[outside] = _mix(value[outside], parts[:, outside])
+        outside = outside[value[outside] >= size[outside]]
+    return value.astype(np.int64)
+
+
+def _mix(value: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    _, low_bits, low_mask, high_mask, *keys = parts
+    low, high = value & low_mask, value >> low_bits
+    for key in keys:
+        # The halves trade places, widths included, so that odd bit counts work as well.
+        low, high = (high ^ scramble(low ^ key)) & high_mask, low
+        low_mask, high_mask = high_mask, low_mask
+    return low | (high << low_bits)  # as before all rounds, whose number is even
 
 
 def _mask(bits: int) -> np.uint64:

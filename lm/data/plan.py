@@ -98,6 +98,18 @@ def part_file(folder: epath.Path, index: int) -> epath.Path:
     return folder / f"part-{index:05d}.json"
 
 
+def read_part(folder: epath.Path, index: int) -> dict[str, Any]:
+    """What was done of a part. Raises DataError if its record is damaged."""
+    path = part_file(folder, index)
+    try:
+        record = json.loads(path.read_text())
+        for key in ("shards", "sources", "hashes"):
+            record[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: unreadable ({error!r}); delete it, the part is built again then") from None
+    return record
+
+
 def settings_of(config: DataConfig) -> dict[str, Any]:
     """The config without what changes nothing that is built."""
     settings = dataclasses.asdict(config)
@@ -157,15 +169,12 @@ def file_differences(folder: epath.Path, stored: dict[str, Any], plan: Plan) -> 
             yield f"{name}: new"
         elif before[name][0] != now[name][0]:
             yield f"{name}: {before[name][0]} bytes before, now {now[name][0]}"
-        elif before[name][2] != now[name][2]:
-            yield f"{name}: moved between training and held-out"
         elif before[name][1] != now[name][1]:
             touched.add(name)
     # A file with a new time may still be the same (a fresh copy or checkout): look at what is in it.
     for index, part in enumerate(plan.parts if touched else []):
-        record = part_file(folder, index)
-        if not touched.intersection(piece.file.name for piece in part) or not record.exists():
+        if not touched.intersection(piece.file.name for piece in part) or not part_file(folder, index).exists():
             continue
-        for piece, digest in zip(part, json.loads(record.read_text())["hashes"], strict=False):
+        for piece, digest in zip(part, read_part(folder, index)["hashes"], strict=False):
             if piece.file.name in touched and sources.content_hash(piece) != digest:
                 yield f"{piece.file.name}: other content, of the same size"

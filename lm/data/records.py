@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python import array_record_module
@@ -34,7 +34,7 @@ _HEADER = struct.Struct("<HHIIIQQ")
 _WRITE_OPTIONS = "group_size:1,uncompressed"
 _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
-_Result = TypeVar("_Result")
+_REMAKE = "delete it, it is made from the shard then"
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,6 @@ class Record(NamedTuple):
     """[n] uint16 or uint32."""
     starts: np.ndarray
     """uint32: where in `tokens` documents begin."""
-    first_document: int
-    first_offset: int
 
 
 class ShardWriter:
@@ -125,16 +123,16 @@ def lengths_file(path: epath.Path) -> epath.Path:
     return path.with_suffix(".lengths")
 
 
-def read_lengths(path: epath.Path, shard: Shard, reader: Callable[[], ShardReader], reads: Reads) -> np.ndarray:
-    """int64 [documents] of the shard at `path`; of one that was built without them, from all its records."""
+def read_lengths(path: epath.Path, shard: Shard, missing: Callable[[], np.ndarray], reads: Reads) -> np.ndarray:
+    """int64 [documents] of the shard at `path`; of one that was built without them, what `missing` gives."""
     file = lengths_file(path)
     try:
-        lengths = np.frombuffer(reads(str(file), file.read_bytes), "<u4").astype(np.int64)
+        stored = reads(str(file), file.read_bytes)
     except FileNotFoundError:
-        starts = [reader().read(i).starts.astype(np.int64) + i * RECORD_TOKENS for i in range(shard.records)]
-        lengths = np.diff(np.concatenate([*starts, [shard.tokens]]))
-    if len(lengths) != shard.documents or lengths.sum() != shard.tokens:
-        raise DataError(f"{file}: damaged or of another build; delete it, it is made from the shard then")
+        return missing()
+    lengths = np.frombuffer(stored[: len(stored) // 4 * 4], "<u4").astype(np.int64)
+    if len(stored) != 4 * shard.documents or lengths.sum() != shard.tokens:
+        raise DataError(f"{file}: damaged or of another build; {_REMAKE}")
     return lengths
 
 
@@ -146,36 +144,45 @@ class ShardReader:
         self._path, self._shard, self._reads = os.fspath(path), shard, reads or Reads()
         self._name = f"source {source}: {self._path}" if source else self._path
         self._file: Any = None
-        self._do(self._name, self._open)
+        self._reads(self._name, self._open)
 
     def read(self, index: int) -> Record:
         """Raises DataError naming shard and record if it does not hold what was written."""
-        return self._do(f"{self._name}: record {index}", lambda: _parsed(self._stored(index)))
+        return self._read(index)[1]
 
-    def raw(self, index: int) -> bytes:
-        """The record's content as stored. Raises DataError as `read` does."""
-        return self._do(f"{self._name}: record {index}", lambda: self._stored(index))
-
-    def verify(self) -> None:
-        """Reads all of it. Raises DataError if that is not what was written."""
-        digest = hashlib.sha256()
+    def lengths(self) -> np.ndarray:
+        """int64 [documents], by reading all of it. Raises DataError if that is not what was written."""
+        starts, digest = [], hashlib.sha256()
         for index in range(self._shard.records):
-            digest.update(self.raw(index))
+            raw, record = self._read(index)
+            digest.update(raw)
+            starts.append(record.starts.astype(np.int64) + index * RECORD_TOKENS)
         if digest.hexdigest() != self._shard.sha256:
             raise DataError(f"{self._name}: changed since it was built; build again")
+        return np.diff(np.concatenate([*starts, [self._shard.tokens]]))
 
-    def _do(self, what: str, read: Callable[[], _Result]) -> _Result:
-        try:
-            return self._reads(what, read)
-        except FileNotFoundError:
-            raise DataError(f"{self._name}: missing or damaged (there is no such file); build the data again") from None
+    def verify(self) -> None:
+        """Raises DataError if it, or what lies beside it, is not what was written."""
+        path, lengths = epath.Path(self._path), self.lengths()
+        if not np.array_equal(read_lengths(path, self._shard, lambda: lengths, self._reads), lengths):
+            raise DataError(f"{lengths_file(path)}: not the lengths of the documents in {self._name}; {_REMAKE}")
+
+    def _read(self, index: int) -> tuple[bytes, Record]:
+        """As it is stored, and what that says."""
+
+        def read() -> tuple[bytes, Record]:
+            raw = self._stored(index)
+            return raw, _parsed(raw)
+
+        return self._reads(f"{self._name}: record {index}", read)
 
     def _open(self) -> None:
         local = files.local_copy(self._path, self._shard.size, self._shard.sha256)
-        os.stat(local)  # of a file that is not there the library says that it is empty
+        if not os.path.exists(local):  # the library would say that it is empty; it was there, and may come back
+            raise OSError("there is no such file; bring it back, or build the data again")
         file = array_record_module.ArrayRecordReader(local, _READ_OPTIONS)
         if (count := file.num_records()) != self._shard.records:
-            raise Damage(f"missing or damaged ({count} records instead of {self._shard.records}); build the data again")
+            raise Damage(f"damaged ({count} records instead of {self._shard.records}); build the data again")
         self._file = file
 
     def _stored(self, index: int) -> bytes:
@@ -189,15 +196,13 @@ class ShardReader:
 
 def _parsed(raw: bytes) -> Record:
     try:
-        version, itemsize, count, starts, _, document, offset = _HEADER.unpack_from(raw)
+        version, itemsize, count, starts, *_ = _HEADER.unpack_from(raw)
         if version != FORMAT or len(raw) != _HEADER.size + 4 * starts + itemsize * count:
             raise ValueError(f"format {version}, {len(raw)} bytes")
         begin = _HEADER.size + 4 * starts
         return Record(
             np.frombuffer(raw, "<u2" if itemsize == 2 else "<u4", count, begin),
             np.frombuffer(raw, "<u4", starts, _HEADER.size),
-            document,
-            offset,
         )
     except (struct.error, ValueError) as error:
         raise Damage(f"is not of this format: {error}") from None

@@ -30,7 +30,8 @@ def report(batches: Batches, step: int, steps: int, rows: np.ndarray | slice) ->
     sources = batches.corpus.sources
     for row in range(min(_DECODED, len(here))):
         name = sources[where[row].source].name
-        yield f"step {step} row {here[row]}{f', {name}' if name else ''}: {_text(batches, batch['tokens'][row])}"
+        tokens = batch["tokens"][row][batch["segments"][row] > 0]
+        yield f"step {step} row {here[row]}{f', {name}' if name else ''}: {_text(batches, tokens)}"
     yield from _planned(batches, steps)
     for warning in _warnings(batches, batch, [(row.source, row.spans) for row in where], steps):
         yield f"warning: {warning}"

@@ -34,7 +34,7 @@ class Share:
 
     @property
     def lock(self) -> str:
-        return "build.lock" if self.count == 1 else f"build-{self.index + 1}-of-{self.count}.lock"
+        return f"build-{self.index + 1}-of-{self.count}.lock"
 
     def has(self, part: int) -> bool:
         return part % self.count == self.index

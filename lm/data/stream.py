@@ -16,7 +16,7 @@ from lm.data.records import RECORD_TOKENS, Shard, ShardReader, read_lengths
 from lm.errors import DataError
 
 _OPEN_SHARDS = 256  # of the 1024 files that a process may have open on most systems
-_RECORDS_KEPT = 1024  # 32 MB
+_RECORDS_KEPT = 2048  # 32 MB, or 64 MB of ids of 4 bytes
 _LENGTHS_KEPT = 256  # shards: some 20,000 documents each
 _BEGIN = np.int32(-(2**31))  # marks, in the sign of a token, that it begins a document
 
@@ -36,14 +36,12 @@ class Shelf:
     def _reader(self, where: _Place) -> ShardReader:
         return ShardReader(where.path, where.shard, where.source, self.reads)
 
-    def _record(self, where: _Place, index: int) -> np.ndarray:
+    def _record(self, where: _Place, index: int) -> tuple[np.ndarray, list[int]]:
         record = self.reader(where).read(index)
-        marked = record.tokens.astype(np.int32)
-        marked[record.starts] |= _BEGIN
-        return marked
+        return record.tokens, record.starts.tolist()  # a list, as few of them are looked at
 
     def _starts(self, where: _Place) -> np.ndarray:
-        lengths = read_lengths(where.path, where.shard, lambda: self.reader(where), self.reads)
+        lengths = read_lengths(where.path, where.shard, lambda: self.reader(where).lengths(), self.reads)
         return np.cumsum(lengths) - lengths
 
 
@@ -104,10 +102,13 @@ class TokenStream:
             shard = bisect.bisect_right(self._ends, start)
             in_shard = start - self._ends[shard] + self._shards[shard].tokens
             index, offset = divmod(in_shard, RECORD_TOKENS)
-            piece = self._record(self._places[shard], index)[offset : offset + count - done]
-            marked[done : done + len(piece)] = piece
-            done += len(piece)
-            start = (start + len(piece)) % self.tokens
+            tokens, begins = self._record(self._places[shard], index)
+            stop = min(offset + count - done, len(tokens))
+            marked[done : done + stop - offset] = tokens[offset:stop]
+            for begin in begins[bisect.bisect_left(begins, offset) : bisect.bisect_left(begins, stop)]:
+                marked[done + begin - offset] |= _BEGIN
+            done += stop - offset
+            start = (start + stop - offset) % self.tokens
 
     def document(self, position: int) -> int:
         """The index in the split of the document that the token at `position` belongs to."""
@@ -122,10 +123,10 @@ class TokenStream:
         shard = bisect.bisect_right(self._ends, start)
         while shard < len(self._shards) and (begin := self._ends[shard] - self._shards[shard].tokens) < stop:
             starts = self._shelf.starts(self._places[shard])
-            first, last = np.searchsorted(starts, (start - begin, stop - begin))
+            first, last = starts.searchsorted((start - begin, stop - begin)).tolist()
             found.append(starts[first:last] + begin)
             shard += 1
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+        return found[0] if len(found) == 1 else np.concatenate([np.zeros(0, np.int64), *found])
 
     def verify(self) -> None:
         """Reads everything; raises DataError naming the first shard that is not as it was written."""

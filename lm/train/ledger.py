@@ -1,15 +1,50 @@
-"""What a run was trained on, from which step on: kept with every checkpoint."""
+"""What a run was trained on, from which step on, and what it left out when it was rewound: kept with every checkpoint.
 
+Steps are those of a run that never went back: each takes the batch of its number.
+"""
+
+import dataclasses
 import json
+import os
 from typing import Any
 
+from lm.checkpoint.checkpoints import read_attachment
 from lm.data.corpus import Corpus
+from lm.data.skips import Skip, Skips
 from lm.errors import ConfigError, StorageError
 
 FILE = "data.json"
 
 Entry = dict[str, Any]
 """`from_step`; `sources`: the fingerprint of each by its name; `phases`: [first step, weights by name], ascending."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewind:
+    """The run went back to the checkpoint `step`, and left out `batches` from there: what led to step `until`."""
+
+    step: int
+    until: int
+    batches: int
+    attempt: int
+    """How often it had gone back, this time included, without getting beyond where it first had to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    entries: tuple[Entry, ...]
+    rewinds: tuple[Rewind, ...] = ()
+    """Those that are still seen in the batches, in order of their steps."""
+
+    @property
+    def skips(self) -> Skips:
+        return Skips(tuple(Skip(one.step, one.batches) for one in self.rewinds))
+
+    def rewound(self, step: int, until: int, attempt: int) -> "Ledger":
+        """This, of a run that goes back to `step` and leaves out all that was taken before step `until`."""
+        kept = tuple(one for one in self.rewinds if one.step < step)
+        left_out = self.skips.rewound(step, until).all[-1].batches
+        return dataclasses.replace(self, rewinds=(*kept, Rewind(step, until, left_out, attempt)))
 
 
 def entry(corpus: Corpus, from_step: int) -> Entry:
@@ -21,32 +56,50 @@ def entry(corpus: Corpus, from_step: int) -> Entry:
     }
 
 
-def read(contents: bytes) -> list[Entry]:
+def read(contents: bytes) -> Ledger:
     """What `write` wrote. Raises StorageError for anything else."""
     try:
         found = json.loads(contents)
-        return [{key: one[key] for key in ("from_step", "sources", "phases")} for one in found]
+        body = {"data": found, "rewinds": []} if isinstance(found, list) else found  # what no run had gone back in
+        return Ledger(
+            tuple({key: one[key] for key in ("from_step", "sources", "phases")} for one in body["data"]),
+            tuple(Rewind(**one) for one in body["rewinds"]),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{FILE} of the checkpoint cannot be read: {error!r}") from None
 
 
-def write(ledger: list[Entry]) -> bytes:
-    return (json.dumps(ledger, indent=1) + "\n").encode()
+def write(ledger: Ledger) -> bytes:
+    body = {"data": list(ledger.entries), "rewinds": [dataclasses.asdict(one) for one in ledger.rewinds]}
+    return (json.dumps(body, indent=1) + "\n").encode()
 
 
-def extended(ledger: list[Entry], corpus: Corpus, done: int) -> list[Entry]:
-    """The ledger of a run that goes on after `done` steps.
+def of_checkpoint(directory: str | os.PathLike[str], step: int) -> Ledger:
+    """The ledger that a checkpoint holds. Raises StorageError when it is not as it was written."""
+    try:
+        return read(read_attachment(directory, step, FILE))
+    except StorageError as problem:
+        try:  # the first checkpoints knew one source, by its fingerprint alone
+            fingerprint = read_attachment(directory, step, "data_fingerprint.txt").decode()
+        except StorageError:
+            raise problem from None
+        return Ledger(({"from_step": 0, "sources": {"": fingerprint}, "phases": None},))
+
+
+def extended(ledger: Ledger, corpus: Corpus, done: int) -> Ledger:
+    """The ledger of a run that goes on after `done` batches, those left out included.
 
     Other sources and weights may come from step `done` on. Raises ConfigError when a step before that would be another
     one than it was.
     """
-    before, now = ledger[-1], entry(corpus, done)
+    before, now = ledger.entries[-1], entry(corpus, done)
+    if before["phases"] is None:
+        before = {**before, "phases": now["phases"]}
+        ledger = Ledger((before,))
     if {**before, "from_step": done} == now:
         return ledger
     old, new = _until(before, done), _until(now, done)
-    if [one for one, _ in old] != [one for one, _ in new] or any(
-        _shares(a) != _shares(b) for (_, a), (_, b) in zip(old, new, strict=True)
-    ):
+    if old != new:  # also where the shares are the same: sums that round otherwise can deal other rows
         phases = ", ".join(f"PhaseConfig({step}, {tuple(weights.items())})" for step, weights in old)
         raise ConfigError(
             f"data.mixture is another one for steps that are done ({done} are). What they were made with:\n"
@@ -61,7 +114,8 @@ def extended(ledger: list[Entry], corpus: Corpus, done: int) -> list[Entry]:
                 f"checkpoint {done} was trained on other data than {which} holds now (fingerprints {str(was)[:12]} and "
                 f"{str(found)[:12]}); for a new run, choose another --run.dir"
             )
-    return [*(one for one in ledger if one["from_step"] < done), now]
+    kept = tuple(one for one in ledger.entries if one["from_step"] < done)
+    return dataclasses.replace(ledger, entries=(*kept, now))
 
 
 def describe(found: Entry) -> str:
@@ -74,8 +128,12 @@ def describe(found: Entry) -> str:
 
 
 def _until(found: Entry, done: int) -> list[tuple[int, dict[str, float]]]:
-    """The phases of steps before `done`."""
-    return [(step, weights) for step, weights in found["phases"] if step < done]
+    """The phases of steps before `done`, with the weights of what is read."""
+    return [
+        (step, {name: weight for name, weight in weights.items() if weight > 0})
+        for step, weights in found["phases"]
+        if step < done
+    ]
 
 
 def _shares(weights: dict[str, float]) -> dict[str, float]:

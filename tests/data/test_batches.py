@@ -1,11 +1,15 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from lm.data.batches import Batch, Batches, Evaluation
-from lm.data.corpus import open_corpus
+from lm.data.config import DataConfig
+from lm.data.corpus import Corpus, open_corpus
+from lm.data.skips import Skip, Skips
 from lm.data.stream import TokenStream
 from lm.data.tokenizers import BytesTokenizer
 from lm.errors import DataError
@@ -98,6 +102,30 @@ def test_evaluation_equals_the_reference(write_data: Write, length: int) -> None
         assert texts == sum(token < 256 and not begins for token, begins in stream)
 
 
+def test_evaluation_of_several_sources_is_that_of_each_in_turn(write_texts: Callable[..., Corpus]) -> None:
+    held = {
+        "one": ["of 16 tokens..", "of 16 tokens.."],
+        "none": [],
+        "two": ["short"],
+        "three": ["longer than rows are"],
+    }
+    corpus = write_texts({name: ["text"] for name in held}, held)
+    wanted: dict[str, list[np.ndarray]] = {}
+    for source in (one for one in corpus.sources if held[one.name]):
+        evaluation = Evaluation(dataclasses.replace(corpus, sources=(source,)), "heldout", 1, 8)
+        for i in range(len(evaluation)):
+            for name, values in evaluation.batch(i).items():
+                wanted.setdefault(name, []).append(values[0])
+    evaluation = Evaluation(corpus, "heldout", 3, 8)
+    batches = [evaluation.batch(i) for i in range(len(evaluation))]
+    rows = len(wanted["tokens"])
+    assert rows == 4 + 1 + 3
+    for name, values in wanted.items():
+        found = np.concatenate([batch[name] for batch in batches])
+        assert found[:rows].tolist() == np.stack(values).tolist()
+        assert not found[rows:].any()
+
+
 @pytest.mark.parametrize("length", [1, 3, 64, 5000])
 def test_an_epoch_holds_every_token_once(write_data: Write, length: int) -> None:
     folder = write_data([[np.arange(200), np.arange(1), np.arange(156)], [np.arange(40)]])
@@ -138,15 +166,34 @@ def test_a_step_depends_on_nothing_but_data_seed_and_step(write_data: Write) -> 
     assert not np.array_equal(expected[0]["tokens"], expected[1]["tokens"])
 
 
-def test_blocks_of_the_permutation_join(write_data: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_data([[np.arange(250)]])
-    whole = Batches(open_corpus(folder), 7, 3, seed=0)
-    expected = [whole.places(step)[1] for step in range(40)]
-    monkeypatch.setattr("lm.data.order._BLOCK", 5)
-    small = Batches(open_corpus(folder), 7, 3, seed=0)
-    for step, spans in enumerate(expected):
-        for found, wanted in zip(small.places(step)[1], spans, strict=True):
-            assert (found == wanted).all()
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_what_is_worked_out_ahead_is_what_each_step_says(
+    write_data: Write, monkeypatch: pytest.MonkeyPatch, packing: Literal["split", "best_fit"]
+) -> None:
+    monkeypatch.setattr("lm.data.batches._AHEAD_TOKENS", 11 * 7 * 3)
+    corpus = open_corpus(write_data([[np.arange(250) % 258, np.arange(30)] * 2]), DataConfig(packing=packing))
+    ahead = Batches(corpus, 7, 3, seed=0)
+    expected = [Batches(corpus, 7, 3, seed=0).batch(step) for step in range(70)]
+    some = np.array([1, 4])
+
+    def check(step: int) -> None:
+        same(ahead.batch(step), expected[step])
+
+    for step in range(60):  # follow each other, as in a run
+        check(step)
+    assert len(ahead._ahead.places) == 11
+    for step in [60, 60, 3, 4, 5, 7, 8, 6]:
+        check(step)
+    for step in range(4):  # other rows between them
+        check(step)
+        same(ahead.batch(step, some), {name: x[some] for name, x in expected[step].items()})
+        same(ahead.batch(step, slice(2, 4)), {name: x[2:4] for name, x in expected[step].items()})
+    for step in range(3):
+        check(step)
+    ahead.skips = Skips((Skip(1, 5),))  # a run that went back
+    same(ahead.batch(0), expected[0])
+    for step in range(1, 20):
+        same(ahead.batch(step), expected[step + 5])
 
 
 def test_the_shapes_are_known_without_reading(write_data: Write) -> None:

@@ -1,9 +1,8 @@
 import concurrent.futures
-import hashlib
-import itertools
 import json
 import multiprocessing
 import os
+import platform
 import random
 import shutil
 import signal
@@ -11,21 +10,24 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from etils import epath
 
-from lm.data import plan, sources, vocabulary, workers
+from lm.data import files, plan, sources, vocabulary, workers
 from lm.data.build import build
 from lm.data.config import DataConfig, TokenizerConfig
 from lm.data.files import sole_writer
 from lm.data.manifest import read_manifest, read_tokenizer
 from lm.data.stream import TokenStream
 from lm.errors import DataError, StorageError
+
+Documents = Callable[[Path, str], list[str]]
+Contents = Callable[[Path], dict[str, str]]
 
 BYTES = TokenizerConfig(kind="bytes")
 
@@ -56,21 +58,6 @@ def write_corpus(folder: Path, files: int = 12, seed: int = 0) -> dict[str, str]
     return texts
 
 
-def documents(folder: Path, split: str) -> list[str]:
-    """All texts of a split, read back from the built files."""
-    stream = TokenStream(folder, split)
-    tokenizer = read_tokenizer(folder)
-    tokens, begins = stream.read(0, stream.tokens)
-    starts = [*np.flatnonzero(begins).tolist(), stream.tokens]
-    found = [tokens[a:b] for a, b in itertools.pairwise(starts)]
-    assert all(ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id for ids in found)
-    return [tokenizer.decode(ids) for ids in found]
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-
-
 @pytest.fixture
 def corpus(tmp_path: Path) -> DataConfig:
     write_corpus(tmp_path / "corpus")
@@ -78,7 +65,7 @@ def corpus(tmp_path: Path) -> DataConfig:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
-def test_every_document_is_in_one_split(tmp_path: Path, kind) -> None:
+def test_every_document_is_in_one_split(tmp_path: Path, documents: Documents, kind) -> None:
     texts = write_corpus(tmp_path / "corpus")
     tokenizer = TokenizerConfig(kind=kind, vocab_size=400)
     config = DataConfig((str(tmp_path / "corpus"),), tokenizer=tokenizer, holdout_fraction=0.1, workers=1)
@@ -97,7 +84,7 @@ def test_every_document_is_in_one_split(tmp_path: Path, kind) -> None:
     TokenStream(tmp_path / "data", "train").verify()
 
 
-def test_workers_do_not_change_the_result(corpus: DataConfig, tmp_path: Path) -> None:
+def test_workers_do_not_change_the_result(corpus: DataConfig, tmp_path: Path, contents: Contents) -> None:
     one = build(corpus, tmp_path / "one", quiet)
     two = build(replace(corpus, workers=2), tmp_path / "two", quiet)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -148,7 +135,7 @@ build.build(DataConfig((sys.argv[1],), holdout_fraction=0.1, workers=1, tokenize
     ("call", "what"),
     [(1, "write"), (2, "write"), (4, "write"), (3, "publish"), (8, "publish"), (9, "record")],
 )
-def test_killed_and_continued_is_bit_identical(tmp_path: Path, call: int, what: str) -> None:
+def test_killed_and_continued_is_bit_identical(tmp_path: Path, contents: Contents, call: int, what: str) -> None:
     write_corpus(tmp_path / "corpus")
     folder = tmp_path / "killed"
     arguments = [str(tmp_path / "corpus"), str(folder), str(call), what]
@@ -169,7 +156,22 @@ def test_killed_and_continued_is_bit_identical(tmp_path: Path, call: int, what: 
     assert contents(folder) == contents(tmp_path / "whole")
 
 
-def test_tokenizer_learns_nothing_from_heldout_text(tmp_path: Path) -> None:
+def test_what_killed_builds_left_goes_before_the_disk_is_needed(corpus: DataConfig, tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    folder = tmp_path / "data"
+    (folder / "duplicates-0").mkdir(parents=True)
+    names = [f"{name}.{platform.node()}.{dead.pid}.tmp" for name in ("train-00000.array_record", "duplicates-0/a")]
+    used = [f"b.{platform.node()}.{os.getpid()}.tmp", f"c.another.{dead.pid}.tmp"]
+    for name in names + used:
+        (folder / name).write_bytes(b"part of it")
+    (tmp_path / "corpus" / "00-bad.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="not UTF-8"):
+        build(corpus, folder, quiet)
+    assert [name for name in names + used if (folder / name).exists()] == used
+
+
+def test_tokenizer_learns_nothing_from_heldout_text(tmp_path: Path, documents: Documents) -> None:
     (tmp_path / "train.txt").write_text("plain words only\n" * 100)
     (tmp_path / "valid.txt").write_text("Ωmega Ωmega\n" * 100)
     config = DataConfig(
@@ -184,7 +186,9 @@ def test_tokenizer_learns_nothing_from_heldout_text(tmp_path: Path) -> None:
     assert documents(tmp_path / "data", "train") == ["plain words only\n" * 100]
 
 
-def test_tokenizer_sample_is_spread_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_sample_is_spread_and_bounded(
+    tmp_path: Path, documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for i in range(8):
         (tmp_path / f"{i}.txt").write_text("".join(f"file {i} line {j}\n" for j in range(2000)))
     config = DataConfig((str(tmp_path),), tokenizer=TokenizerConfig(training_bytes=80_000, vocab_size=300))
@@ -205,7 +209,7 @@ def test_tokenizer_sample_is_spread_and_bounded(tmp_path: Path, monkeypatch: pyt
     assert seen == {str(i) for i in range(8)} - {text.split()[1] for text in heldout}
 
 
-def test_tail_holds_out_the_end_at_a_character(tmp_path: Path) -> None:
+def test_tail_holds_out_the_end_at_a_character(tmp_path: Path, documents: Documents) -> None:
     text = "é" * 50 + "a"  # 101 bytes; 90 % is in the middle of a character, for 0.9 * 101 = 90.9 and 0.5
     (tmp_path / "one.txt").write_text(text)
     for fraction in (0.1, 0.11, 0.5, 0.9):
@@ -222,7 +226,7 @@ def test_tail_holds_out_the_end_at_a_character(tmp_path: Path) -> None:
     assert documents(tmp_path / "ascii", "train") == [ascii_text[: int(0.9 * 1115)]]
 
 
-def test_few_documents_still_give_a_heldout_one(tmp_path: Path) -> None:
+def test_few_documents_still_give_a_heldout_one(tmp_path: Path, documents: Documents) -> None:
     (tmp_path / "a.txt").write_text("one")
     config = DataConfig((str(tmp_path / "*.txt"),), tokenizer=BYTES)
     with pytest.raises(DataError, match=r"only one document.*holdout_by to 'tail'"):
@@ -298,7 +302,7 @@ def change(source: Path, what: str) -> str:
 
 
 @pytest.mark.parametrize("what", ["new", "gone", "longer", "other"])
-def test_sources_that_change(corpus: DataConfig, tmp_path: Path, what: str) -> None:
+def test_sources_that_change(corpus: DataConfig, tmp_path: Path, contents: Contents, what: str) -> None:
     folder = tmp_path / "data"
     first = build(corpus, folder, quiet)
     before = contents(folder)
@@ -322,6 +326,19 @@ def test_sources_that_are_the_same_or_not_here(corpus: DataConfig, tmp_path: Pat
     shutil.rmtree(source)
     assert build(corpus, folder, messages.append) == first
     assert "not here" in messages[0]
+
+
+def test_built_data_that_cannot_be_written_is_used_with_new_copies_of_its_sources(
+    corpus: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(corpus, tmp_path / "data", quiet)
+    os.utime(tmp_path / "corpus" / "03.txt", ns=(1, 1))
+
+    def read_only(path: epath.Path, content: dict[str, Any]) -> None:
+        raise StorageError(f"{path}: cannot be written: Read-only file system")
+
+    monkeypatch.setattr(files, "write_json", read_only)
+    assert build(corpus, tmp_path / "data", quiet) == first
 
 
 def test_one_of_several_sources_is_gone(corpus: DataConfig, tmp_path: Path) -> None:
@@ -426,6 +443,28 @@ def test_a_plan_that_cannot_be_read(corpus: DataConfig, tmp_path: Path) -> None:
             build(corpus, tmp_path / "data", quiet)
 
 
+def test_a_record_of_a_part_that_is_damaged_is_named(corpus: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    first = build(corpus, folder, quiet)
+    (folder / "manifest.json").unlink()
+    for content in ("", "{}", "[]"):
+        (folder / "part-00001.json").write_text(content)
+        with pytest.raises(DataError, match=r"part-00001\.json: unreadable .* delete it"):
+            build(corpus, folder, quiet)
+    (folder / "part-00001.json").unlink()
+    assert build(corpus, folder, quiet) == first
+
+
+def test_a_manifest_names_no_files_elsewhere(corpus: DataConfig, tmp_path: Path) -> None:
+    build(corpus, tmp_path / "data", quiet)
+    path = tmp_path / "data" / "manifest.json"
+    good = path.read_text()
+    for name in ("train-00000.array_record", "tokenizer.bytes"):
+        path.write_text(good.replace(name, f"../{name}"))
+        with pytest.raises(DataError, match=rf"manifest\.json: '\.\./{name}' is no name of a file beside it"):
+            read_manifest(tmp_path / "data")
+
+
 def test_another_size_of_parts_does_not_make_built_data_useless(
     corpus: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,7 +479,7 @@ def test_what_cannot_be_written(corpus: DataConfig, tmp_path: Path) -> None:
         build(corpus, tmp_path / "file" / "data", quiet)
 
 
-def test_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_library(tmp_path: Path, documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = sources.list_files
     monkeypatch.setattr(
         sources,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lm.data import duplicates, plan
+from lm.data import duplicates, files, plan
 from lm.data.build import build
 from lm.data.config import DataConfig, TokenizerConfig
 from lm.data.duplicates import bands
@@ -120,19 +120,26 @@ def test_neither_workers_nor_memory_change_the_result(
     build(replace(corpus, workers=2), tmp_path / "two", quiet)
     monkeypatch.setattr(duplicates, "_BUCKET_BYTES", 5_000)
     monkeypatch.setattr(duplicates, "_STRETCH_BYTES", 500)
-    monkeypatch.setattr(duplicates, "_SPILL_BYTES", 20_000)
+    monkeypatch.setattr(duplicates, "_SPILL_BYTES", 5_000)
     monkeypatch.setattr(duplicates, "_BATCH_RUNS", 1_000)
-    joined: set[str] = set()
-    save = duplicates._save
+    monkeypatch.setattr(duplicates, "_PENDING_PAIRS", 10)
+    written: set[str] = set()
+    write = files.write_atomically
 
-    def spy(path: Any, **arrays: Any) -> None:
-        joined.add(path.name)
-        save(path, **arrays)
+    def spy(path: Any, content: bytes) -> None:
+        written.add(path.name)
+        write(path, content)
 
-    monkeypatch.setattr(duplicates, "_save", spy)
+    monkeypatch.setattr(files, "write_atomically", spy)
     build(corpus, tmp_path / "three", quiet)
-    assert sum(name.startswith("joined") for name in joined) >= 32
+    assert sum(name.startswith("joined") for name in written) >= 32
+    assert "hashes-00000-001.bin" in written
+    monkeypatch.setattr(duplicates, "_BATCH_DOCUMENTS", 2)
+    written.clear()
+    build(corpus, tmp_path / "four", quiet)
+    assert "hashes-00000-001.bin" in written
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
+    assert contents(tmp_path / "three") == contents(tmp_path / "four")
     assert not list((tmp_path / "three").glob("duplicates-*"))
 
 

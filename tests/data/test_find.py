@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from lm.data import find as finding
-from lm.data import scan
+from lm.data import records, scan
 from lm.data.batches import Batches
 from lm.data.build import build
 from lm.data.config import DataConfig, TokenizerConfig
@@ -90,8 +90,8 @@ def test_it_may_lie_across_records_but_not_across_documents(
     text = "".join(chr(0x41 + i % 50) for i in range(200))
     texts = [text, "ends with éa", "b begins", "aaaa" * 8]
     corpus = write_texts({"": texts})
-    for records in (1, 2, 64):
-        monkeypatch.setattr(finding, "_RECORDS", records)
+    for in_view in (1, 2, 64):
+        monkeypatch.setattr(finding, "_RECORDS", in_view)
         for start in range(0, 190, 17):
             for count in (1, 15, 40):
                 wanted = text[start : start + count]
@@ -135,7 +135,7 @@ def test_it_does_not_matter_how_text_falls_into_tokens(
                 assert all(hit.found == wanted and hit.before + hit.found in "".join(texts) for hit in found.hits)
 
 
-def test_a_space_that_a_tokenizer_adds_is_not_text(tmp_path: Path) -> None:
+def test_a_space_that_a_tokenizer_adds_is_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 
     import sentencepiece
@@ -151,11 +151,15 @@ def test_a_space_that_a_tokenizer_adds_is_not_text(tmp_path: Path) -> None:
         add_dummy_prefix=True,
         minloglevel=2,
     )
-    corpus = stored(SentencePieceTokenizer(model.getvalue()), tmp_path / "data", ["hello world", "world hello"])
-    assert corpus.tokenizer.added == b" "
-    assert look(corpus, " hello").times["train"] == {"data": 1}
-    assert look(corpus, "hello").times["train"] == {"data": 2}
-    assert look(corpus, " ").times["train"] == {"data": 2}
+    monkeypatch.setattr(finding, "_RECORDS", 1)
+    for size in (*range(1, 8), records.RECORD_TOKENS):  # the space may begin a record
+        monkeypatch.setattr(records, "RECORD_TOKENS", size)
+        tokenizer = SentencePieceTokenizer(model.getvalue())
+        corpus = stored(tokenizer, tmp_path / f"{size}", ["hello world", "world hello"])
+        assert corpus.tokenizer.added == b" "
+        assert look(corpus, " hello", limit=0).times["train"] == {"data": 1}
+        assert look(corpus, "hello", limit=0).times["train"] == {"data": 2}
+        assert look(corpus, " ", limit=0).times["train"] == {"data": 2}
 
 
 def test_processes_find_what_one_finds(write_texts: Write, monkeypatch: pytest.MonkeyPatch) -> None:

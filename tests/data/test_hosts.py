@@ -53,10 +53,7 @@ def steps_of_interest(whole: Batches) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
-def test_the_rows_of_all_hosts_are_the_batch(corpus: Corpus, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Less is worked out at once than in a run: each host uses but two rows of it here.
-    for name, size in {"_BLOCK": 64, "_GROUP": 8, "_GROUPS": 8}.items():
-        monkeypatch.setattr(f"lm.data.order.{name}", size)
+def test_the_rows_of_all_hosts_are_the_batch(corpus: Corpus, packing: str) -> None:
     corpus = dataclasses.replace(corpus, data=dataclasses.replace(corpus.data, packing=packing))
     whole = Batches(corpus, HOSTS * ROWS, LENGTH, seed=3)
     steps = steps_of_interest(whole)

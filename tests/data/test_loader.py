@@ -1,6 +1,7 @@
 import concurrent.futures
 import errno
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -117,15 +118,31 @@ def test_any_steps_in_any_order(write_data: Write) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_that_is_gone_is_named_with_its_source(write_data: Write, workers: int) -> None:
+def test_a_damaged_shard_is_named_with_its_source(write_data: Write, workers: int) -> None:
     corpus = several(write_data, 2)
-    (Path(corpus.sources[1].directory) / "train-00001.array_record").unlink()
+    (Path(corpus.sources[1].directory) / "train-00001.array_record").write_bytes(b"")
     batches = Batches(corpus, 4, 8, seed=0)
     with (
-        pytest.raises(DataError, match=r"source source001: .*train-00001\.array_record: missing"),
+        pytest.raises(DataError, match=r"source source001: .*train-00001\.array_record: damaged \(0 records"),
         Loader(batches, range(1000), workers=workers) as loader,
     ):
         list(loader)
+
+
+def test_a_shard_that_is_gone_may_come_back(write_data: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "WAITS", (0.01, 0.02))
+    corpus = several(write_data, 2)
+    wanted = [Batches(corpus, 4, 8, seed=0).batch(step) for step in range(30)]
+    shard = Path(corpus.sources[1].directory) / "train-00001.array_record"
+    hidden = shard.rename(shard.with_suffix(".hidden"))
+    said: list[str] = []
+    with reading.said_by(said.append), pytest.raises(DataError, match=r"source source001: .*no such file; bring it"):
+        list(Loader(Batches(corpus, 4, 8, seed=0), range(30)))
+    assert [line.partition("trying again in ")[2] for line in said] == ["0.01 s", "0.02 s"]
+    with reading.said_by(lambda line: hidden.rename(shard) if hidden.exists() else None):
+        for step, batch in Loader(Batches(corpus, 4, 8, seed=0), range(30)):
+            same(batch, wanted[step])
+    assert shard.exists()
 
 
 def test_a_worker_that_is_killed_ends_the_loader(write_data: Write) -> None:
@@ -139,6 +156,21 @@ def test_a_worker_that_is_killed_ends_the_loader(write_data: Write) -> None:
         process.kill()
         with pytest.raises(DataError, match="killed, perhaps for lack of memory"):
             list(loader)
+
+
+class Mistaken:
+    """Batches that have a mistake in their code."""
+
+    reads = reading.Reads()
+
+    def batch(self, step: int, rows: slice) -> Batch:
+        raise ValueError(f"step {step}")
+
+
+@pytest.mark.parametrize(("workers", "error"), [(0, ValueError), (1, RuntimeError)])
+def test_a_mistake_is_not_said_to_be_of_the_data(workers: int, error: type[Exception]) -> None:
+    with pytest.raises(error, match="step 0"), Loader(Mistaken(), range(3), workers=workers) as loader:
+        next(loader)
 
 
 class Flaky:
@@ -239,6 +271,14 @@ def test_reads_that_go_on_are_no_stall(write_data: Write, monkeypatch: pytest.Mo
     monkeypatch.setattr(records.ShardReader, "_stored", lambda *given: (time.sleep(0.3), stored(*given))[1])
     with Loader(Batches(several(write_data, 8, shards=1), 16, 8, seed=0), range(1), stall_seconds=1) as loader:
         next(loader)
+
+
+def test_a_read_long_ago_is_no_stall() -> None:
+    """As after an evaluation that lasts longer than `stall_seconds`."""
+    answers: queue.Queue[str] = queue.Queue()
+    last = reading.Reading(None, time.monotonic() - 1000)
+    threading.Timer(1.2, answers.put, ["batch"]).start()
+    assert reading.awaited(answers, "batch 7", 30, lambda: [last]) == "batch"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -27,6 +27,8 @@ WEIGHTS = {
     "many": {f"s{i:03d}": float(w) for i, w in enumerate(np.random.default_rng(0).random(300))},
     "steep": {f"s{i}": 0.5**i for i in range(20)},
     "none of one": {"a": 1.0, "b": 0.0, "c": 2.0},
+    "ties": {"a": 1.0, "b": 2.0, "c": 1.0, "d": 5.0},
+    "next to nothing": {"a": 1.0, "b": 1e-12},
 }
 
 

@@ -75,6 +75,7 @@ def test_report_counts_and_removes_nothing(config: DataConfig, tmp_path: Path, d
     plain = build(replace(config, overlap_paths=()), tmp_path / "plain", quiet)
     assert plain.fingerprint == manifest.fingerprint
     assert plain.overlap is None
+    assert not list((tmp_path / "data").glob("overlap*"))  # what was looked for is not left behind
     assert manifest.overlap is not None
     train = documents(tmp_path / "data", "train")
     for name, runs in evaluation_runs(config).items():

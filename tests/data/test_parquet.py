@@ -80,6 +80,9 @@ def test_what_cannot_be_read(table: Path, tmp_path: Path) -> None:
         read(table, field="body")
     with pytest.raises(DataError, match=r"rows\.parquet: row 0: field 'n' holds a int, not a text"):
         read(table, field="n")
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"twice\.parquet: has 2 columns 'text'"):
+        read(tmp_path / "twice.parquet")
     content = table.read_bytes()
     # A byte of the last row group is not enough: it must be one that the decoder looks at.
     for broken in (content[:-3], content[:2000], b"", b"text", content[:60] + bytes(400) + content[460:]):

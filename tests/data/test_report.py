@@ -71,6 +71,10 @@ def test_the_end_of_a_document_that_is_never_trained(write_texts: Write, write_d
     folder = write_data([[np.array([256, *text.encode()]) for text in texts]], name="other")
     [line] = warnings(open_corpus(folder))
     assert line.startswith("the end of a document, <eos>, is never a target in the first 8 rows, in which ")
+    # Only the last token of one is in the row: nothing there could have it as a target.
+    tokens = open_corpus(write_data([[np.array([256, 65, 257])]], name="three"))
+    step = next(i for i in range(99) if Batches(tokens, 1, 1, seed=1).batch(i)["tokens"] == 257)
+    assert not [line for line in said(tokens, 99, step, rows=1, length=1) if "the end of a document" in line]
     # No document ends where one is longer than all that is read.
     assert warnings(open_corpus(write_data([[np.full(5000, 65)]], name="long"))) == []
 
@@ -86,9 +90,12 @@ def test_tokens_that_stand_for_no_text(write_data: Callable[..., Path]) -> None:
 
 
 def test_rows_that_are_mostly_not_trained_on(write_texts: Write) -> None:
-    assert warnings(write_texts({"": ["text"]}), steps=1, rows=4, length=100) == [
+    corpus = write_texts({"": ["text"]})
+    assert warnings(corpus, steps=1, rows=4, length=100) == [
         "only 5.0% of the places in the first 4 rows are trained on; 94.0% are padding"
     ]
+    shown = said(corpus, steps=1, rows=4, length=100)[0].removeprefix("step 0 row 0: ")
+    assert len(shown) == len("<bos>text<eos>")  # and no padding
 
 
 def test_few_rows_are_read(write_texts: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,8 @@ def test_folders_that_are_not_whole(saved: Path) -> None:
     (saved / "train" / FILES[1]).unlink()
     with pytest.raises(DataError, match=rf"{FILES[1]}: cannot be read"):
         list_files([str(saved)])
-    for state in ("{", "{}", '{"_data_files": ["a"]}'):
+    outside = ('{"_data_files": [{"filename": "../test/a.arrow"}]}', '{"_data_files": [{"filename": 5}]}')
+    for state in ("{", "{}", '{"_data_files": ["a"]}', *outside):
         (saved / "train" / "state.json").write_text(state)
         with pytest.raises(DataError, match=r"train/state\.json: not of a saved dataset"):
             list_files([str(saved)])

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lm.data import plan, shares
+from lm.data import parts, plan, shares
 from lm.data.build import build, build_share
 from lm.data.config import DataConfig, TokenizerConfig
 from lm.data.shares import Share, parse_share, wait_until
@@ -143,6 +145,46 @@ def test_without_a_share_all_that_is_missing_is_built(
     build(plain, tmp_path / "alone", quiet)
     assert contents(tmp_path / "data") == contents(tmp_path / "alone")
     assert build_share(plain, tmp_path / "data", quiet, share=Share(1, 3)) == manifest  # all is done
+
+
+def test_a_build_of_all_waits_for_machines_at_work(
+    config: DataConfig, start: Start, tmp_path: Path, contents: Contents
+) -> None:
+    """It would take away what they read, once it is done."""
+    shared = [start(f"--part={i}/2", seconds=0.2) for i in (1, 2)]
+    until = time.monotonic() + 60
+    while not list((tmp_path / "shared").glob("duplicates-*")) and time.monotonic() < until:
+        time.sleep(0.02)
+    whole = start()
+    said = [process.communicate(timeout=120)[0] for process in (*shared, whole)]
+    assert [process.returncode for process in (*shared, whole)] == [0, 0, 0], said
+    assert "another process is building" in said[2]
+    assert "looking for duplicates" not in said[2]
+    build(config, tmp_path / "alone", quiet)
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+
+
+def test_a_machine_that_still_runs_with_an_earlier_config(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No part of it was done when another one began anew, so that could not see what is coming."""
+    old = DataConfig(config.paths, tokenizer=TokenizerConfig("bytes"), holdout_fraction=0.1, workers=1)
+    new = replace(old, holdout_fraction=0.2)
+    encoded, calls = parts._encoded, []
+
+    def meanwhile(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        if len(calls) == 2:
+            assert build_share(new, tmp_path / "data", quiet, share=Share(0, 2)) is None
+        return encoded(*arguments)
+
+    monkeypatch.setattr(parts, "_encoded", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        build_share(old, tmp_path / "data", quiet, share=Share(0, 2))
+    with pytest.raises(DataError, match="was built by a process with another config"):
+        build_share(old, tmp_path / "data", quiet, share=Share(1, 2))
 
 
 def test_another_config_is_refused_once_parts_are_there(config: DataConfig, tmp_path: Path) -> None:

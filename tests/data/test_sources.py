@@ -1,14 +1,16 @@
 import gzip
+import io
 import json
 import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
 
-from lm.data.sources import STDLIB, content_hash, cut, documents, list_files, whole
+from lm.data.sources import STDLIB, content_hash, cut, documents, jsonl, list_files, whole
 from lm.errors import DataError
 
 
@@ -160,6 +162,26 @@ def test_ranges_of_json_lines_hold_each_line_once(tmp_path: Path) -> None:
     joined = [d.text for piece in cut(file, 333) for d in documents(piece, "text", Counter())]
     assert joined == [row["text"] for row in rows]
     assert len(cut(file, 10**6)) == 1
+
+
+@pytest.mark.parametrize("after", [[], [{"text": "c"}]])
+def test_a_line_longer_than_many_pieces_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: list[object]
+) -> None:
+    path, read = tmp_path / "x.jsonl", [0]
+    path.write_bytes(lines({"text": "b" * 2_000_000}, *after))
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer: Any, /) -> int | None:
+            count = super().readinto(buffer)
+            read[0] += count or 0
+            return count
+
+    monkeypatch.setattr(jsonl, "opened", lambda path, size, block: io.BufferedReader(Counted(path), block))
+    (file,) = list_files([str(path)])
+    pieces = cut(file, limit=1000)
+    assert [piece.start for piece in pieces] == [0, 2_000_013][: 1 + len(after)]
+    assert read[0] < 2 * file.size
 
 
 def test_standard_library_is_there_without_this_machines_paths() -> None:

@@ -105,6 +105,13 @@ def test_what_packing_does_is_that_of_all_rows(mixed: Write, packing: str) -> No
     ]
 
 
+@pytest.mark.parametrize(("tokens", "longer"), [(31, False), (32, False), (33, True)])
+def test_documents_that_no_row_could_hold(write_texts: Write, tokens: int, longer: bool) -> None:
+    rows = of(write_texts({"": ["x" * (tokens - 2)] * 40})).rows
+    assert rows.longer == (rows.begun if longer else 0)
+    assert rows.cut > 0
+
+
 def test_best_fit_cuts_fewer(mixed: Write) -> None:
     corpus = mixed()
     other = dataclasses.replace(corpus, data=dataclasses.replace(corpus.data, packing="best_fit"))

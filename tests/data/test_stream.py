@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm.data import manifest, stream
+from lm.data import manifest, reading, stream
 from lm.data.stream import TokenStream
 from lm.errors import DataError
 
@@ -102,11 +102,47 @@ def test_a_consistent_shard_of_other_content_is_found_by_verify(write_data: Writ
         opened.verify()
 
 
-def test_a_shard_that_vanishes_is_named(write_data: Write) -> None:
+def lengths_of(shard: Path) -> Path:
+    return shard.with_suffix(".lengths")
+
+
+@pytest.mark.usefixtures("small_records")
+def test_lengths_are_known_without_their_file(write_data: Write) -> None:
+    folder = write_data(random_shards(0, shards=3, documents=8, longest=40))
+    whole = TokenStream(folder, "train")
+    wanted = whole.document_starts(0, whole.tokens).tolist()
+    for shard in shards_of(folder):
+        lengths_of(shard).unlink()
+    opened = TokenStream(folder, "train")
+    assert opened.document_starts(0, opened.tokens).tolist() == wanted
+    opened.verify()
+
+
+@pytest.mark.parametrize("change", ["cut", "longer", "other", "empty"])
+def test_damaged_lengths_are_named(write_data: Write, change: str) -> None:
+    folder = write_data([[np.arange(7), np.arange(5)]])
+    path = lengths_of(shards_of(folder)[0])
+    content = path.read_bytes()
+    changed = {"cut": content[:-1], "longer": content + b"\0", "other": content[:4] * 2, "empty": b""}
+    path.write_bytes(changed[change])
+    with pytest.raises(DataError, match=r"train-00000\.lengths: damaged or of another build; delete it"):
+        TokenStream(folder, "train").document(0)
+
+
+def test_lengths_of_other_documents_are_found_by_verify(write_data: Write) -> None:
+    folder = write_data([[np.arange(7), np.arange(5)]])
+    path = lengths_of(shards_of(folder)[0])
+    path.write_bytes(path.read_bytes()[::-1][3:] + b"\0" * 3)  # 5 and 7
+    with pytest.raises(DataError, match=r"train-00000\.lengths: not the lengths of the documents in .*array_record"):
+        TokenStream(folder, "train").verify()
+
+
+def test_a_shard_that_vanishes_is_named(write_data: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "WAITS", (0.01, 0.02))
     folder = write_data(random_shards(0, shards=2, documents=3, longest=50))
     opened = TokenStream(folder, "train")
     shards_of(folder)[1].unlink()
-    with pytest.raises(DataError, match=r"train-00001\.array_record: missing or damaged"):
+    with pytest.raises(DataError, match=r"train-00001\.array_record cannot be read: there is no such file"):
         opened.read(0, opened.tokens)
 
 

@@ -125,6 +125,17 @@ def test_hugging_face_files_that_cannot_be_used(good: dict[str, bytes]) -> None:
         load_tokenizer("huggingface", json.dumps(nothing).encode())
 
 
+def test_what_a_file_cuts_or_fills_up_is_neither(library_model: hf.Tokenizer) -> None:
+    """Many published files say how long a text may be for their model, and how long it is made."""
+    model = hf.Tokenizer.from_str(library_model.to_str())
+    model.enable_truncation(16)
+    model.enable_padding(length=20)
+    texts = ["a", "def function " * 50]
+    expected = [HuggingFaceTokenizer(library_model.to_str().encode()).encode(text).tolist() for text in texts]
+    tokenizer = HuggingFaceTokenizer(model.to_str().encode())
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == expected
+
+
 def test_unknown_kind() -> None:
     with pytest.raises(DataError, match="unknown kind of tokenizer 'morse'; known: bytes, sentencepiece"):
         load_tokenizer("morse", b"")

@@ -212,6 +212,11 @@ def test_broken_indices(tmp_path: Path) -> None:
     index.write_bytes(good[:pointer] + bytes(8) + good[pointer + 8 :])
     with pytest.raises(DataError, match=r"x\.idx: the sequences do not lie one after the other"):
         read(path, "megatron")
+    begin = 34 + 12 * 300 + 8 * 150
+    for sequence in (10, 1 << 20):
+        index.write_bytes(good[:begin] + sequence.to_bytes(8, "little") + good[begin + 8 :])
+        with pytest.raises(DataError, match=r"x\.idx: the documents do not follow each other"):
+            read(path, "megatron")
     index.write_bytes(good)
     path.write_bytes(tokens[:-2])
     with pytest.raises(DataError, match=r"x\.idx: is of a \.bin file of \d+ bytes, but that has \d+; truncated"):

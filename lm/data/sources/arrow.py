@@ -34,7 +34,10 @@ def saved_files(folder: str, names: list[str]) -> list[str]:
     state = f"{folder}/state.json"
     try:
         with opened(state) as file:
-            return [entry["filename"] for entry in json.load(file)["_data_files"]]
+            names = [entry["filename"] for entry in json.load(file)["_data_files"]]
+        if outside := [name for name in names if "/" in name]:
+            raise ValueError(f"{outside[0]!r} is no name of a file in it")
+        return names
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{state}: not of a saved dataset: {error!r}") from None
 

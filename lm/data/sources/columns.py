@@ -38,6 +38,8 @@ def documents(
     field = selection.text_field
     if field and field not in columns:  # without a name, the filter is given all and keeps none
         raise DataError(f"{name}: {no_field(field, columns)}")
+    if columns.count(field) > 1:
+        raise DataError(f"{name}: has {columns.count(field)} columns {field!r}; give each a name of its own")
     for first, batch in batches:
         for start in range(0, batch.num_rows, _ROWS):
             rows = batch.slice(start, _ROWS)

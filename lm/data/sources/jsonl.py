@@ -16,13 +16,16 @@ def cut(file: File, limit: int) -> list[Piece]:
     """In ranges of about `limit` bytes that begin and end at a line; whole if compressed."""
     if not file.name.endswith(".jsonl"):
         return [whole(file)]
-    bounds = [0]
+    bounds, end = [0], 0
     with opened(file.path, file.size, block=1 << 16) as stream:
         for position in range(limit, file.size, limit):
+            if position < end:  # inside of a long line, which is not read again for each of these
+                continue
             stream.seek(position)
             stream.readline()
-            if bounds[-1] < stream.tell() < file.size:
-                bounds.append(stream.tell())
+            end = stream.tell()
+            if end < file.size:
+                bounds.append(end)
     return between(file, bounds)
 
 

@@ -21,6 +21,7 @@ from lm.errors import DataError
 
 _MARK = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")  # mark, version, type of tokens, sequences, documents + 1
+_BLOCK = 1 << 20  # documents that are looked at together
 _TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
@@ -109,4 +110,7 @@ def _read(path: str, size: int, modified: int, tokens_size: int) -> Index:
         raise DataError(f"{path}: is of a .bin file of {end} bytes, but that has {tokens_size}; truncated?")
     if documents < 1 or first[0] != 0 or first[-1] != sequences:
         raise DataError(f"{path}: the documents are not made of all sequences")
+    for block in (first[start : start + _BLOCK + 1] for start in range(0, documents, _BLOCK)):
+        if (block[1:] < block[:-1]).any():  # looking for one of them would miss others
+            raise DataError(f"{path}: the documents do not follow each other")
     return Index(path, dtype, lengths, pointers, first)

@@ -47,8 +47,7 @@ def _starts(metadata: Any) -> list[int]:
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         chunks = map(group.column, range(group.num_columns))
         starts.append(min((chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks), default=0))
-    # In another order than in the file they would not be found by their bytes: all go to the first piece.
-    return starts if starts == sorted(starts) else [0] * len(starts)
+    return starts
 
 
 def _batches(table: Any, piece: Piece, selection: Selection) -> Iterator[tuple[int, Any]]:

@@ -29,6 +29,8 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         except Exception as error:  # the library raises nothing narrower
             raise DataError(f"{origin}: not a Hugging Face tokenizer: {error}") from None
         self._model.encode_special_tokens = True  # a document that spells <|endoftext|> must not end there
+        self._model.no_truncation()  # which some files ask for, at the length of their model
+        self._model.no_padding()
         decoder = _types(json.loads(content).get("decoder"))
         if not decoder & {"ByteLevel", "ByteFallback", "Metaspace"}:
             raise DataError(f"{origin}: only byte-level tokenizers and those with byte fallback can be used")
