@@ -6,10 +6,11 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lm.errors import ConfigError, DataError, LmError, Stopped
+from lm.errors import ConfigError, DataError, LmError, Stopped, StorageError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -18,14 +19,16 @@ if TYPE_CHECKING:
     from lm.data.progress import Progress
     from lm.experiment import Config
     from lm.train.forecast import Expected
+    from lm.train.run_directory import RunDirectory
 
 ABOUT = "Pretrains decoder-only transformer language models."
 EPILOG = """\
 CONFIG is a .py file with a `config`, a .json file, or a run directory.
 Every value in it can be overridden: lm train CONFIG --train.steps 50 --run.dir=runs/a
-exit codes: 0 done, 2 config or usage, 3 data, 4 diverged, 5 storage, 6 another process of the run ended,
-            75 stopped and resumable
+exit codes: 0 done, 2 config or usage, 3 data, 4 diverged, 5 storage, 6 a hang, or another process ended,
+            7 a device computes wrongly, 75 stopped and resumable
 """
+_BEGAN = time.monotonic()
 _OVERRIDE = re.compile(r"--[A-Za-z_]\w*(\.\w+)+(=.*)?", re.DOTALL)
 
 
@@ -103,6 +106,17 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = add(verbs, "train", _train, "train, or go on with a run that was stopped", overrides=True)
     verb.add_argument("config", metavar="CONFIG")
+    verb.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=("code", "versions"),
+        help="go on with a run that other code, or other versions of libraries, have trained so far",
+    )
+    verb.add_argument("--supervise", action="store_true", help="start it again after faults, while it gets further")
+    verb.add_argument(
+        "--restarts", type=int, metavar="N", help="with --supervise: in a row without progress; default: 10"
+    )
 
     verb = add(verbs, "eval", _eval, "held-out loss, perplexity and bits per byte of a run")
     verb.add_argument("trained", metavar="RUN")
@@ -167,9 +181,26 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--limit", type=int, default=10, metavar="N", help="of the places to show; default: 10")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
-    checkpoints = add_group("checkpoint", "look at checkpoints")
-    verb = add(checkpoints, "list", _checkpoint_list, "each step and the digest of its state")
+    checkpoints = add_group("checkpoint", "look at checkpoints, copy one, remove some")
+    verb = add(checkpoints, "list", _checkpoint_list, "each step: its status, size, age, and the digest of its state")
     verb.add_argument("trained", metavar="RUN")
+    verb.add_argument("--json", action="store_true", help="print one JSON list")
+    verb = add(checkpoints, "verify", _checkpoint_verify, "read all files, and compare checksums; 5 if one is bad")
+    verb.add_argument("trained", metavar="RUN")
+    verb.add_argument("--step", type=int, help="only that of this step; default: all")
+    verb = add(checkpoints, "show", _checkpoint_show, "what one holds: arrays, versions, data")
+    verb.add_argument("trained", metavar="RUN")
+    verb.add_argument("--step", type=int, help="default: the newest")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+    verb = add(checkpoints, "copy", _checkpoint_copy, "make a run of one checkpoint, to go on from there or to keep")
+    verb.add_argument("trained", metavar="RUN")
+    verb.add_argument("target", metavar="DEST", help="a directory that is new or empty")
+    verb.add_argument("--step", type=int, required=True, metavar="K")
+    verb = add(checkpoints, "prune", _checkpoint_prune, "remove older ones, of a run that is not going on")
+    verb.add_argument("trained", metavar="RUN")
+    verb.add_argument("--keep-last", type=int, required=True, metavar="N", help="the newest ones to keep")
+    verb.add_argument("--keep-every", type=int, default=0, metavar="N", help="and those at multiples of N steps")
+    verb.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     return parser
 
 
@@ -184,6 +215,13 @@ def _load(options: argparse.Namespace) -> "Config":
 
 
 def _train(options: argparse.Namespace) -> None:
+    if options.restarts is not None and (options.restarts < 0 or not options.supervise):
+        raise ConfigError(f"--restarts is for --supervise, and at least 0; got {options.restarts}")
+    if options.supervise:
+        from lm.train.supervise import supervise_training
+
+        allow = [f"--allow={one}" for one in options.allow]
+        sys.exit(supervise_training([options.config, *options.overrides], allow, restarts=options.restarts))
     from lm import config as configs
     from lm.parallel.processes import joined
 
@@ -191,7 +229,7 @@ def _train(options: argparse.Namespace) -> None:
     with joined(configs.leaves(config)) as processes:
         from lm.train.loop import train
 
-        train(config, stream=sys.stdout, processes=processes, expect=_expect)
+        train(config, stream=sys.stdout, processes=processes, expect=_expect, allow=options.allow, began=_BEGAN)
 
 
 def _expect(config: "Config", mesh: "Mesh") -> "Expected | None":
@@ -365,7 +403,7 @@ def _data_show(options: argparse.Namespace) -> None:
 
     config = _load(options)
     rows = ALL_ROWS if options.rows is None else parse_rows(options.rows, config.train.batch_size)
-    for line in show(_batches(config), options.step, rows):
+    for line in show(_batches(config, options.config), options.step, rows):
         print(line)
 
 
@@ -373,7 +411,7 @@ def _data_stats(options: argparse.Namespace) -> None:
     from lm.data.stats import lines, stats
 
     config = _load(options)
-    found = stats(_batches(config), config.train.steps, config.data.workers, _on_stderr())
+    found = stats(_batches(config, options.config), config.train.steps, config.data.workers, _on_stderr())
     print(json.dumps(found.to_dict()) if options.json else "\n".join(lines(found)))
 
 
@@ -382,7 +420,7 @@ def _data_find(options: argparse.Namespace) -> None:
 
     config = _load(options)
     steps, what = _steps_done(options.config, config)
-    found = find(_batches(config), options.text, steps, options.limit, _on_stderr())
+    found = find(_batches(config, options.config), options.text, steps, options.limit, _on_stderr())
     if options.json:
         print(json.dumps(found.to_dict()))
         return
@@ -391,12 +429,21 @@ def _data_find(options: argparse.Namespace) -> None:
     print(f"steps: {what}")
 
 
-def _batches(config: "Config") -> "Batches":
+def _batches(config: "Config", source: str) -> "Batches":
+    """Of a config, or of a run: without the batches that it left out, as its newest checkpoint says."""
     from lm.data.batches import Batches
     from lm.data.corpus import open_corpus
 
-    corpus = open_corpus(config.data_dir, config.data)
-    return Batches(corpus, config.train.batch_size, config.train.sequence_length, config.run.seed)
+    corpus, skips = open_corpus(config.data_dir, config.data), None
+    if not source.endswith((".py", ".json")):
+        from lm.checkpoint.checkpoints import list_checkpoints
+        from lm.train import ledger
+        from lm.train.run_directory import RunDirectory
+
+        folder = RunDirectory(source).checkpoints
+        if good := [info.step for info in list_checkpoints(folder) if info.problem is None]:
+            skips = ledger.of_checkpoint(folder, max(good)).skips
+    return Batches(corpus, config.train.batch_size, config.train.sequence_length, config.run.seed, skips)
 
 
 def _steps_done(source: str, config: "Config") -> tuple[int, str]:
@@ -420,10 +467,55 @@ def _on_stderr() -> "Progress":
 
 
 def _checkpoint_list(options: argparse.Namespace) -> None:
-    from lm.checkpoint.checkpoints import list_checkpoints
+    from lm.checkpoint.commands import list_lines, listed
+
+    rows = listed(_run_of(options).checkpoints)
+    print(json.dumps(rows) if options.json else "\n".join(list_lines(rows)))
+
+
+def _checkpoint_verify(options: argparse.Namespace) -> None:
+    from lm.checkpoint.commands import verified
+
+    bad = 0
+    for step, problem in verified(_run_of(options).checkpoints, options.step):
+        print(f"{step:>10}  {'good' if problem is None else f'bad: {problem}'}", flush=True)
+        bad += problem is not None
+    if bad:
+        raise StorageError(f"{bad} of the checkpoints in {options.trained} cannot be used: see above")
+
+
+def _checkpoint_show(options: argparse.Namespace) -> None:
+    from lm.checkpoint.commands import show_lines, shown
+
+    facts = shown(_run_of(options).checkpoints, options.step)
+    print(json.dumps(facts) if options.json else "\n".join(show_lines(facts)))
+
+
+def _checkpoint_copy(options: argparse.Namespace) -> None:
+    from etils import epath
+
+    from lm.checkpoint.commands import copy
+
+    run = _run_of(options)
+    copy(run.checkpoints, options.step, run.path, epath.Path(options.target), print)
+
+
+def _checkpoint_prune(options: argparse.Namespace) -> None:
+    from lm.checkpoint.commands import prune
+
+    with _run_of(options) as run:
+        prune(
+            run.checkpoints,
+            keep_last=options.keep_last,
+            keep_every=options.keep_every,
+            dry_run=options.dry_run,
+            say=print,
+        )
+
+
+def _run_of(options: argparse.Namespace) -> "RunDirectory":
     from lm.train.run_directory import RunDirectory, is_run
 
     if not is_run(options.trained):
         raise ConfigError(f"{options.trained} is not a run, it has no config.json")
-    for info in list_checkpoints(RunDirectory(options.trained).checkpoints):
-        print(f"{info.step:>10}  {info.digest or 'bad: ' + str(info.problem)}")
+    return RunDirectory(options.trained)

@@ -48,7 +48,7 @@ def load(source: str, root: type[T], overrides: Sequence[str] = ()) -> T:
     Nothing is written, and `sys.path` and `sys.modules` are left without the config and its siblings.
     Raises ConfigError, whose lines each name the file or the key.
     """
-    value = _execute(source, root) if source.endswith(".py") else _read_json(source)
+    value = _execute(source, root) if source.endswith(".py") else _as_today(root, _read_json(source))
     try:
         config = decode(root, value, "", root)
     except ConfigError as error:
@@ -99,8 +99,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(root: type[T], data: dict[str, Any]) -> T:
-    """The inverse of `to_dict`. Missing keys take their defaults; raises ConfigError for anything unfit."""
-    return decode(root, data, "", root)
+    """The inverse of `to_dict`. Missing keys take their defaults; raises ConfigError for anything unfit.
+
+    A root may define `RENAMED`, the keys of today by those that stood in older files.
+    """
+    return decode(root, _as_today(root, data), "", root)
 
 
 def to_json(config: Any) -> str:
@@ -233,6 +236,17 @@ def _spell(value: Any) -> str:
 
 
 # Files
+
+
+def _as_today(root: type, data: Any) -> Any:
+    """`data` with the keys of today; what is no dict of dicts is left to `decode`."""
+    for old, new in getattr(root, "RENAMED", {}).items():
+        (section, name), (new_section, new_name) = old.split("."), new.split(".")
+        if isinstance(data, dict) and isinstance(data.get(section), dict) and name in data[section]:
+            values = dict(data[section])
+            moved = {new_name: values.pop(name), **data.get(new_section, {})}
+            data = {**data, section: values, new_section: moved}
+    return data
 
 
 def _read_json(source: str) -> Any:

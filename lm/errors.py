@@ -41,6 +41,18 @@ class LostProcessError(LmError):
     exit_code = 6
 
 
+class HangError(LmError):
+    """This process made no progress for longer than the watchdog lets it."""
+
+    exit_code = 6
+
+
+class CorruptionError(LmError):
+    """A device computed something else the second time, or holds something else than it must."""
+
+    exit_code = 7
+
+
 class Stopped(BaseException):
     """The run was asked to stop, has saved its state, and goes on when started again.
 

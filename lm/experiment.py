@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar
 
 from lm.checkpoint.config import CheckpointConfig
 from lm.config import free
@@ -9,7 +10,7 @@ from lm.data.config import DataConfig
 from lm.model.config import ModelConfig
 from lm.optim.config import OptimConfig
 from lm.parallel.mesh import MeshConfig
-from lm.train.config import EvalConfig, LogConfig, SampleConfig, TrainConfig
+from lm.train.config import EvalConfig, LogConfig, RecoveryConfig, SampleConfig, TrainConfig, WatchdogConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,9 @@ class RunConfig:
 class Config:
     """One run. Sizes are global: the number of devices does not change what is computed."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"train.max_bad_steps": "recovery.max_bad_steps"}
+    """Keys that older runs have in their config.json."""
+
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -39,6 +43,8 @@ class Config:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = free(MeshConfig())
     checkpoint: CheckpointConfig = free(CheckpointConfig())
+    recovery: RecoveryConfig = RecoveryConfig()
+    watchdog: WatchdogConfig = free(WatchdogConfig())
     eval: EvalConfig = free(EvalConfig())
     sample: SampleConfig = free(SampleConfig())
     log: LogConfig = free(LogConfig())

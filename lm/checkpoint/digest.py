@@ -9,7 +9,7 @@ accidents (a chance of 2^-128 to miss one), not forgeries.
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
 
 from lm.parallel.replicated import replicated
+
+_Results = tuple[list[jax.Array], list[jax.Array], list[jax.Array]]
+"""Of each array the lanes, and whether it is finite; and the values of those without dimensions."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,13 @@ class LeafDigest:
 class StateDigest:
     digest: str  # sha256 over paths, shapes, dtypes and lanes, in hexadecimal
     leaves: Mapping[str, LeafDigest]
+    scalars: Mapping[str, float]  # values of the arrays without dimensions, by path
     nonfinite: tuple[str, ...]  # paths of the arrays that hold a NaN or an infinity
+
+
+def prepare_digest(abstract: Any) -> None:
+    """Compiles what digests states of these shapes, dtypes and shardings, so that no later call has to."""
+    _program(jax.tree.leaves(abstract))
 
 
 def state_digest(state: Any) -> StateDigest:
@@ -53,7 +61,7 @@ def start_digest(state: Any) -> Callable[[], StateDigest]:
         if x.dtype != jnp.bool_ and not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.integer, jnp.floating)):
             raise TypeError(f"{path}: no digest for arrays of type {x.dtype}")
     kinds = [(x.shape, x.dtype.name) for x in leaves]  # what `finish` holds must not keep arrays alive
-    lanes, finite = _lanes_and_finite(leaves, everywhere=replicated(leaves))
+    lanes, finite, scalars = _program(leaves)(leaves)
 
     def finish() -> StateDigest:
         digests = {
@@ -62,7 +70,9 @@ def start_digest(state: Any) -> Callable[[], StateDigest]:
         }
         lines = sorted(f"{path}\t{leaf.dtype}{leaf.shape}\t{leaf.lanes}\n" for path, leaf in digests.items())
         nonfinite = tuple(path for path, good in zip(paths, finite, strict=True) if not bool(good))
-        return StateDigest(hashlib.sha256("".join(lines).encode()).hexdigest(), digests, nonfinite)
+        names = [path for path, (shape, _) in zip(paths, kinds, strict=True) if not shape]
+        values = {path: np.asarray(value).item() for path, value in zip(names, scalars, strict=True)}
+        return StateDigest(hashlib.sha256("".join(lines).encode()).hexdigest(), digests, values, nonfinite)
 
     return finish
 
@@ -74,14 +84,25 @@ def leaf_paths(tree: Any) -> list[str]:
     ]
 
 
-@functools.partial(jax.jit, static_argnames="everywhere")
-def _lanes_and_finite(
-    leaves: list[jax.Array], everywhere: NamedSharding | None = None
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    results = [_reduce(x) for x in leaves]
-    if everywhere is not None:
-        results = lax.with_sharding_constraint(results, everywhere)
-    return [lanes for lanes, _ in results], [finite for _, finite in results]
+def _program(leaves: Sequence[Any]) -> Callable[[list[jax.Array]], _Results]:
+    """The compiled program for arrays of these kinds."""
+    # An array that nobody placed goes where the others are.
+    return _compiled(tuple((x.shape, x.dtype, x.sharding if getattr(x, "committed", True) else None) for x in leaves))
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(kinds: tuple[Any, ...]) -> Callable[[list[jax.Array]], _Results]:
+    leaves = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype, sharding in kinds]
+    everywhere = replicated(leaves)
+
+    def digest_of_state(leaves: list[jax.Array]) -> _Results:
+        results = [reduce_to_lanes(x) for x in leaves]
+        scalars = [x for x in leaves if not x.ndim]
+        if everywhere is not None:
+            results, scalars = lax.with_sharding_constraint((results, scalars), everywhere)
+        return [lanes for lanes, _ in results], [finite for _, finite in results], scalars
+
+    return jax.jit(digest_of_state).lower(leaves).compile()
 
 
 # Odd numbers without structure: fractional digits of the golden ratio and multipliers of published hashes.
@@ -90,7 +111,7 @@ _POSITION = (0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1)
 _BLOCK = (0xCC9E2D51, 0x1B873593, 0xE6546B65, 0x9E3779B1)
 
 
-def _reduce(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def reduce_to_lanes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Four lane sums, uint32 [4], and whether all elements are finite."""
     x = jax.device_put(x, jax.memory.Space.Device)  # it may lie in the memory of the host
     finite = jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.ones_like(x, jnp.bool_)

@@ -10,9 +10,12 @@ import hashlib
 import heapq
 import importlib.metadata
 import json
+import os
+import pathlib
 import platform
+import posixpath
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,10 +23,18 @@ from etils import epath
 
 from lm.checkpoint.digest import LeafDigest, StateDigest
 from lm.errors import StorageError
-from lm.files import reason, write_atomically
+from lm.files import is_url, reason, write_atomically
 
 NAME = "manifest.json"
-FORMAT = 1  # of a checkpoint's folder; raise it when today's code could not read what is then written
+FORMAT = 2
+"""Of a checkpoint's folder; to be raised when the code before could not go on with what is then written.
+
+1: the state without `guard`; arrays in state/state/
+2: `guard` in the state, `scalars` in the manifest; arrays in state/
+"""
+
+ADDED = {2: ("guard/",)}
+"""What the paths of leaves start with that came into the state with a format: older checkpoints lack them."""
 
 
 class BadCheckpoint(Exception):
@@ -57,6 +68,7 @@ class Manifest:
     versions: dict[str, str]
     leaves: dict[str, LeafDigest]
     files: dict[str, FileChecksum]
+    scalars: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, step: int, digest: StateDigest, files: Mapping[str, FileChecksum]) -> Self:
@@ -72,6 +84,7 @@ class Manifest:
             | {"python": platform.python_version()},
             leaves=dict(digest.leaves),
             files=dict(files),
+            scalars=dict(digest.scalars),
         )
 
     def write(self, folder: epath.Path) -> None:
@@ -81,7 +94,8 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: epath.Path, step: int) -> Self:
-        """Raises BadCheckpoint when it is not as it was written, StorageError when newer code wrote it."""
+        """Raises BadCheckpoint when it is not as it was written or names files elsewhere, StorageError when newer code
+        wrote it."""
         try:
             body = json.loads((folder / NAME).read_bytes())
             intact = body.pop("sha256") == _checksum(body)
@@ -91,16 +105,25 @@ class Manifest:
             intact = False
         if not intact:
             raise BadCheckpoint(f"{NAME} is not as it was written")
-        if body["format"] > FORMAT:
-            raise StorageError(f"{folder} has format {body['format']}, and {FORMAT} is the newest known: update lm")
-        if body["step"] != step:
-            raise BadCheckpoint(f"it is the checkpoint of step {body['step']}")
-        leaves = {
-            path: LeafDigest(tuple(leaf["shape"]), leaf["dtype"], leaf["lanes"])
-            for path, leaf in body["leaves"].items()
-        }
-        files = {name: FileChecksum(**file) for name, file in body["files"].items()}
-        return cls(**{**body, "leaves": leaves, "files": files})
+        try:
+            if body["format"] > FORMAT:
+                raise StorageError(f"{folder} has format {body['format']}, and {FORMAT} is the newest known: update lm")
+            leaves = {
+                path: LeafDigest(tuple(map(int, leaf["shape"])), leaf["dtype"], leaf["lanes"])
+                for path, leaf in body["leaves"].items()
+            }
+            files = {name: FileChecksum(**file) for name, file in body["files"].items()}
+            found = cls(**{**body, "leaves": leaves, "files": files})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BadCheckpoint(f"{NAME} is none: {error!r}") from error
+        if found.step != step:
+            raise BadCheckpoint(f"it is the checkpoint of step {found.step}")
+        _refuse_elsewhere(files)
+        return found
+
+    def lacks(self, path: str) -> bool:
+        """Whether a leaf of this path came with a later format."""
+        return any(path.startswith(start) for format in ADDED if format > self.format for start in ADDED[format])
 
     def verify(self, folder: epath.Path, *names: str) -> None:
         """Raises BadCheckpoint when a file (without names: any file) is not there as it was written."""
@@ -109,6 +132,7 @@ class Manifest:
 
 def verify(folder: epath.Path, files: Mapping[str, FileChecksum]) -> None:
     """Raises BadCheckpoint when one of these files is not there as it was written."""
+    _refuse_links(folder, files)
     for name, expected in files.items():
         try:
             found = FileChecksum.of(folder / name)
@@ -120,6 +144,17 @@ def verify(folder: epath.Path, files: Mapping[str, FileChecksum]) -> None:
             raise BadCheckpoint(f"{name} has {found.size} bytes, {expected.size} were written")
         if found.sha256 != expected.sha256:
             raise BadCheckpoint(f"{name} is not as it was written")
+
+
+def refuse_others(folder: epath.Path, name: str, files: Iterable[str]) -> None:
+    """Raises BadCheckpoint when the folder of this name below holds more than these files: all of it is read."""
+    try:
+        found = set(file_sizes(folder / name)) if (folder / name).exists() else set()
+    except OSError as error:
+        raise BadCheckpoint(f"{name} cannot be listed: {reason(error)}") from error
+    found -= {file.removeprefix(f"{name}/") for file in files}
+    if others := sorted(file for file in found if not file.startswith(".nfs")):  # which NFS keeps of what was removed
+        raise BadCheckpoint(f"{name}/{others[0]} was not written by the save")
 
 
 def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
@@ -140,6 +175,23 @@ def file_sizes(folder: epath.Path) -> dict[str, int]:
 
 def _checksum(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_elsewhere(names: Iterable[str]) -> None:
+    for name in names:
+        if name != posixpath.normpath(name) or name.startswith(("/", "../")) or name in (".", "..") or "\0" in name:
+            raise BadCheckpoint(f"{NAME} names a file that is not in the folder: {name!r}")
+
+
+def _refuse_links(folder: epath.Path, names: Iterable[str]) -> None:
+    """What is below the folder was written there; a link would be of whoever wants another file to be read."""
+    if is_url(folder):
+        return
+    paths = [pathlib.PurePosixPath(name) for name in names]
+    parts = {part for path in paths for part in (path, *path.parents)} - {pathlib.PurePosixPath()}
+    for part in sorted(parts):
+        if os.path.islink(folder / part):
+            raise BadCheckpoint(f"{part} is a link")
 
 
 def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:

@@ -9,11 +9,11 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lm.errors import ConfigError
+from lm.errors import ConfigError, HangError
 from lm.parallel.agreement import disagreement
 from lm.parallel.wire import Frames, Place, frame, keep_alive, say
 
@@ -21,20 +21,27 @@ from lm.parallel.wire import Frames, Place, frame, keep_alive, say
 class Hub(threading.Thread):
     """Runs in process 0: waits for all, compares what they bring, then passes on what they say."""
 
-    def __init__(self, place: Place, seconds: float, *, bind: str | None = None):
+    def __init__(self, place: Place, seconds: float, *, bind: str | None, heartbeat: float):
         """Raises ConfigError when it cannot listen at the port."""
         super().__init__(name="hub", daemon=True)
         _allow_connections(place.count)
         self.place, self.deadline, self.seconds = place, time.monotonic() + seconds, seconds
+        self.heartbeat = heartbeat
         self.others_gone = threading.Event()
         """Set when no other process is connected any more."""
-        self._listener = _listen(bind or _any_address(place.address), place.address)
+        self.explain: Callable[[], Sequence[str]] = self.missing
+        """What is added to the news that a process hangs."""
+        self._listener = _listen(bind or place.bind, place.address)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._peers: dict[int, _Peer] = {}
+        self._names: list[str] = []
         self._given: dict[str, dict[int, Any]] = {}
-        self._stop: dict[int, int] | None = None
-        self._reason = ""
+        self._wanted: dict[str, str] = {}
+        """What is to be done at the next meeting, and why."""
+        self._at: dict[int, int] | None = None
+        """Where those are that have said so; None: nobody was asked."""
+        self._notes: dict[str, dict[int, tuple[float, Any]]] = {}
         self._ended = False
 
     def connect(self) -> socket.socket:
@@ -43,6 +50,20 @@ class Hub(threading.Thread):
         self._own = _Peer(its)
         self._selector.register(its, selectors.EVENT_READ, self._own)
         return mine
+
+    def notes(self, name: str) -> dict[int, tuple[float, Any]]:
+        """The newest value of each process, and when (time.monotonic) it came. From any thread."""
+        return dict(self._notes.get(name, {}))
+
+    def missing(self) -> list[str]:
+        """Which processes the others wait for, and where. From any thread."""
+        waiting = {f"has not come to {name!r}": dict(given) for name, given in dict(self._given).items()}
+        if self._at is not None:
+            waiting[f"was asked where it is, and has not said so ({', '.join(self._wanted)})"] = dict(self._at)
+        return [
+            f"{_some([name for index, name in enumerate(self._names) if index not in there])} {what}"
+            for what, there in waiting.items()
+        ]
 
     def run(self) -> None:
         try:
@@ -58,7 +79,8 @@ class Hub(threading.Thread):
         if refusal is not None:
             self._refuse(refusal)
             return
-        hosts = [self._peers[index].host for index in sorted(self._peers)]
+        self._names = [str(self._peers[index]) for index in range(self.place.count)]
+        hosts = [self._peers[index].host for index in range(self.place.count)]
         for peer in self._peers.values():
             self._send(peer, ["welcome", hosts])
         self._note_gone()
@@ -120,7 +142,7 @@ class Hub(threading.Thread):
             if key.data is None:
                 with contextlib.suppress(OSError):
                     sock, _ = self._listener.accept()
-                    keep_alive(sock)
+                    keep_alive(sock, self.heartbeat)
                     self._selector.register(sock, selectors.EVENT_READ, _Peer(sock))
                 continue
             peer: _Peer = key.data
@@ -145,15 +167,22 @@ class Hub(threading.Thread):
             case ["tell", name, value]:
                 for other in list(self._peers.values()):
                     self._send(other, ["told", name, value])
-            case ["stop", reason] if self._stop is None:
-                self._stop, self._reason = {}, f"{reason} at {peer}"
-                for other in list(self._peers.values()):
-                    self._send(other, ["stop?"])
-            case ["at", step] if self._stop is not None:
-                self._stop[peer.number] = step
-                if len(self._stop) == self.place.count:
+            case ["note", name, value]:
+                self._notes.setdefault(name, {})[peer.number] = time.monotonic(), value
+            case ["ask", dict(reasons)]:
+                for name, reason in reasons.items():
+                    self._wanted.setdefault(name, f"{reason} at {peer}")
+                if self._at is None:
+                    self._at = {}
                     for other in list(self._peers.values()):
-                        self._send(other, ["stop", max(self._stop.values()) + 1, self._reason])
+                        self._send(other, ["where?"])
+            case ["at", number] if self._at is not None:
+                self._at[peer.number] = number
+                if len(self._at) == self.place.count:
+                    meeting = ["meet", max(self._at.values()) + 1, self._wanted]
+                    self._at, self._wanted = None, {}
+                    for other in list(self._peers.values()):
+                        self._send(other, meeting)
             case ["end", code, text]:
                 self._tell_end(peer, code, text)
             case ["bye"]:
@@ -184,6 +213,8 @@ class Hub(threading.Thread):
         if self._ended:  # those that follow end because of the first
             return
         self._ended = True
+        if code == HangError.exit_code and peer is not self._own:  # which has it from there
+            text = "; ".join([text, *self.explain()])
         for other in list(self._peers.values()):
             if other is not peer:
                 self._send(other, ["ended", str(peer), code, text])
@@ -226,10 +257,6 @@ class _Peer:
     @property
     def where(self) -> str:
         return f"{self.host} (pid {self.pid})"
-
-
-def _any_address(address: str) -> str:
-    return "[::]:" + address.rpartition(":")[2]
 
 
 def _listen(bind: str, address: str) -> socket.socket:

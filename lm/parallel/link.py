@@ -15,19 +15,21 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from lm.errors import ConfigError, LmError, LostProcessError, Stopped
+from lm.errors import ConfigError, HangError, LmError, LostProcessError, Stopped
 from lm.parallel.agreement import Facts
 from lm.parallel.hub import Hub
-from lm.parallel.wire import Place, each, frame, keep_alive, say
+from lm.parallel.wire import Place, each, exit_after, frame, keep_alive, say
 
 ENDING_SECONDS = 5.0
 """What a process may still take to end by itself when it has heard that another one ended."""
 HEARD_SECONDS = 10.0
 """After which what listens at the coordinator's address, and does not answer, is taken for something else."""
 _LEAVE_SECONDS = 300.0
+_EXIT_SECONDS = 15.0
+"""What the end itself may take: to say why, and in process 0 to wait for the others to hear it."""
 
 
 class Link:
@@ -46,9 +48,10 @@ class Link:
         self._given: dict[str, Any] = {}
         self._calls: dict[str, int] = {}
         self._told: dict[str, Any] = {}
-        self._at = -1  # the last step begun
+        self._at = 0  # how often `meet_before` has returned
         self._asked = False  # whether all are being asked where they are, so that none may begin another step
-        self._stop: tuple[int, str] | None = None
+        self._asking: set[str] = set()  # what this process asked for, and has no answer to
+        self._meetings: dict[int, dict[str, str]] = {}  # by the number of the call that returns it
         self._lost: LostProcessError | None = None
         self._ending = threading.Event()
         self._bye = threading.Event()
@@ -73,22 +76,40 @@ class Link:
                 raise self._lost
             return self._told.get(name)
 
-    def stop_before(self, step: int, request: str | None) -> str | None:
-        """Whether all end before this step, and why: the same answer everywhere. `request` asks for it.
+    def note(self, name: str, value: Any) -> None:
+        """Gives process 0 a value (JSON), in place of the one before; nobody waits."""
+        self._send(["note", name, value])
 
-        Called before each step. It costs nothing until one asks; then each says which step it began last, and all
-        stop after the latest of these.
+    def notes(self, name: str) -> dict[int, tuple[float, Any]]:
+        """In process 0: the newest value of each process under this name, and when (time.monotonic) it came."""
+        return self._hub.notes(name) if self._hub else {}
+
+    def missing(self) -> list[str]:
+        """In process 0: a line for each thing that is waited for, with those who did not come."""
+        return self._hub.missing() if self._hub else []
+
+    def explain_hangs(self, explain: Callable[[], Sequence[str]]) -> None:
+        """In process 0: what `explain` gives is added to the news that another process hangs."""
+        if self._hub:
+            self._hub.explain = explain
+
+    def meet_before(self, requests: Mapping[str, str | None]) -> dict[str, str]:
+        """What all do before the next step, by name, and why: the same answer everywhere.
+
+        Called before each step. It costs nothing until one asks; then each says how many steps it has begun (which,
+        unlike their numbers, never goes back), and all meet after the latest of these.
         """
         with self._changed:
-            if request is not None and not self._asked and self._stop is None:
+            known = self._asking.union(*self._meetings.values())
+            new = {name: reason for name, reason in requests.items() if reason is not None and name not in known}
+            if new:
+                self._asking |= new.keys()
                 self._asked = True
-                self._send(["stop", request])
-            while self._asked and self._stop is None:
+                self._send(["ask", new])
+            while self._asked:
                 self._wait()
-            if self._stop is not None and step >= self._stop[0]:
-                return self._stop[1]
-            self._at = step
-            return None
+            self._at += 1
+            return self._meetings.pop(self._at, {})
 
     def leave(self) -> None:
         """The end of a process whose work, like that of all others, is done. Waits for them."""
@@ -112,11 +133,15 @@ class Link:
         code = error.exit_code if isinstance(error, (LmError, Stopped)) else 1
         if isinstance(error, KeyboardInterrupt):
             code = 130
-        if self._lost is not None and self._lost.exit_code != code:  # what failed here failed for that
+        if self._lost is not None and (self._lost.exit_code != code or isinstance(error, HangError)):
+            # what failed here, or waited, did so for that
             error, code = self._lost, self._lost.exit_code
+        exit_after(_EXIT_SECONDS, code)
         if not isinstance(error, LostProcessError):
-            with contextlib.suppress(OSError):
-                self._send(["end", code, str(error) or type(error).__name__])
+            message = ["end", code, str(error) or type(error).__name__]
+            sender = threading.Thread(target=self._send, args=(message,), daemon=True)
+            sender.start()
+            sender.join(2.0)  # the hub may be stopped
         if isinstance(error, (LmError, Stopped)):
             say(f"lm: {error}")
         else:
@@ -159,11 +184,13 @@ class Link:
                     self._given[key] = value
                 case ["told", name, value]:
                     self._told[name] = value
-                case ["stop?"]:
+                case ["where?"]:
                     self._asked = True
                     self._send(["at", self._at])
-                case ["stop", step, reason]:
-                    self._stop = step, reason
+                case ["meet", number, reasons]:
+                    self._asked = False
+                    self._asking -= reasons.keys()
+                    self._meetings.setdefault(number, {}).update(reasons)
                 case ["ended", who, code, text]:
                     self._lose(who, code, text)
                 case ["bye"]:
@@ -182,6 +209,7 @@ class Link:
         """Ends the process unless the main thread, which may hang in a collective for ever, does it in time."""
         if not self._ending.wait(seconds):
             assert self._lost is not None
+            exit_after(_EXIT_SECONDS, self._lost.exit_code)
             say(f"lm: {self._lost}")
             self._exit(self._lost.exit_code)
 
@@ -193,9 +221,12 @@ class Link:
         os._exit(code)
 
 
-def join(place: Place, facts: Facts, seconds: float, *, bind: str | None = None) -> Link:
-    """Finds the other processes. Raises ConfigError, on all that came, when not all come or they do not agree."""
-    hub = Hub(place, seconds, bind=bind) if place.index == 0 else None
+def join(place: Place, facts: Facts, seconds: float, *, bind: str | None = None, heartbeat: float = 40.0) -> Link:
+    """Finds the other processes. Raises ConfigError, on all that came, when not all come or they do not agree.
+
+    A host that says nothing for `heartbeat` seconds, not even that it is there, counts as gone from then on.
+    """
+    hub = Hub(place, seconds, bind=bind, heartbeat=heartbeat) if place.index == 0 else None
     until = time.monotonic() + seconds
     hello = ["hello", place.index, place.count, socket.gethostname(), os.getpid(), facts]
     if hub is not None:
@@ -205,7 +236,7 @@ def join(place: Place, facts: Facts, seconds: float, *, bind: str | None = None)
         messages = each(sock)
         next(messages)
     else:
-        sock, messages = _reach(place, hello, until, seconds)
+        sock, messages = _reach(place, hello, until, seconds, heartbeat)
     sock.settimeout(seconds + 30.0)  # process 0 may have started later, and waits as long as this one
     try:
         kind, content = next(messages)
@@ -219,7 +250,9 @@ def join(place: Place, facts: Facts, seconds: float, *, bind: str | None = None)
     return Link(place, content, sock, messages, hub)
 
 
-def _reach(place: Place, hello: Any, until: float, seconds: float) -> tuple[socket.socket, Iterator[Any]]:
+def _reach(
+    place: Place, hello: Any, until: float, seconds: float, heartbeat: float
+) -> tuple[socket.socket, Iterator[Any]]:
     """A connection to process 0, which has heard who this is."""
     host, _, port = place.address.rpartition(":")
     problem = "nothing was tried"
@@ -231,7 +264,7 @@ def _reach(place: Place, hello: Any, until: float, seconds: float) -> tuple[sock
             time.sleep(min(left, random.uniform(0.1, 0.5)))
             continue
         try:
-            keep_alive(sock)
+            keep_alive(sock, heartbeat)
             sock.sendall(frame(hello))
             messages = each(sock)
             if next(messages) == ["heard"]:

@@ -6,6 +6,7 @@ What an environment must say, where no cluster says it:
     JAX_NUM_PROCESSES         how many there are
     JAX_PROCESS_ID            which this one is, from 0
     LM_START_SECONDS          how long to wait for all of them; default 300
+    LM_HEARTBEAT_SECONDS      how long a host may be silent (no power, no network) before the others end; default 40
 
 Without these the processes of Cloud TPU slices (also several), SLURM, Open MPI and Kubernetes jobs are found as JAX
 finds them. Here alone stands what JAX does not publish.
@@ -14,16 +15,19 @@ finds them. Here alone stands what JAX does not publish.
 import contextlib
 import glob
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
-from lm.errors import ConfigError, Stopped
+from lm.errors import ConfigError, HangError, Stopped
 from lm.parallel.agreement import disagreement, facts_of
 from lm.parallel.link import Link, join
-from lm.parallel.wire import Place
+from lm.parallel.wire import Place, say
 
-HEARTBEAT_SECONDS = 60
-"""After which JAX ends all processes when one is there and answers nothing (frozen, or cut off)."""
+FROZEN_SECONDS = 1800
+"""After which JAX, with an abort, ends all processes when one is there and answers nothing. Longer than a run's
+watchdog lets it be: that says more, and a process that was only stopped for a while goes on."""
+_SHUTDOWN_SECONDS = 60
 
 
 class Processes:
@@ -35,6 +39,7 @@ class Processes:
 
     def __init__(self, link: Link | None = None):
         self._link = link
+        self._notes: dict[str, tuple[float, Any]] = {}
         self.index = link.place.index if link else 0
         self.count = link.place.count if link else 1
 
@@ -83,13 +88,45 @@ class Processes:
         """What was told last under this name, by whichever process; None: nothing."""
         return self._link.told(name) if self._link else None
 
-    def stop_before(self, step: int, request: str | None) -> str | None:
-        """Whether the run stops before this step, and why; in all processes before the same one.
+    def note(self, name: str, value: Any) -> None:
+        """Gives the primary a value (JSON), in place of the one before under this name; nobody waits."""
+        if self._link:
+            self._link.note(name, value)
+        else:
+            self._notes[name] = time.monotonic(), value
 
-        To be called before each step, with what a signal asked of this process. No device and no other process is
-        waited for unless one was asked to stop.
+    def notes(self, name: str) -> dict[int, tuple[float, Any]]:
+        """In the primary: the newest value of each process that noted one, and when (time.monotonic) it came here."""
+        if self._link:
+            return self._link.notes(name)
+        return {0: self._notes[name]} if name in self._notes else {}
+
+    def meet_before(self, requests: Mapping[str, str | None]) -> dict[str, str]:
+        """What is to be done before the next step, by name, and why; in all processes before the same one.
+
+        To be called before each step, with what this process asks for: a reason, or None, by name. What was asked
+        for is returned soon afterwards, once, here and everywhere; then it can be asked for again. No device and no
+        other process is waited for unless one asks for something.
         """
-        return self._link.stop_before(step, request) if self._link else request
+        if self._link:
+            return self._link.meet_before(requests)
+        return {name: reason for name, reason in requests.items() if reason is not None}
+
+    def missing(self) -> list[str]:
+        """In the primary: a line for each thing that is waited for, with those who did not come."""
+        return self._link.missing() if self._link else []
+
+    def explain_hangs(self, explain: Callable[[], Sequence[str]]) -> None:
+        """In the primary: what `explain` gives, called in any thread, is added to the news that another one hangs."""
+        if self._link:
+            self._link.explain_hangs(explain)
+
+    def end(self, error: HangError) -> NoReturn:
+        """Ends all processes from any thread, while the main one hangs."""
+        if self._link:
+            self._link.end(error)
+        say(f"lm: {error}")
+        os._exit(error.exit_code)
 
 
 ALONE = Processes()
@@ -109,9 +146,10 @@ def joined(config: Mapping[str, object]) -> Iterator[Processes]:
         yield ALONE
         return
     seconds = _number("LM_START_SECONDS", 300.0)
-    link = join(place, facts_of(config), seconds, bind=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"))
+    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or place.bind
+    link = join(place, facts_of(config), seconds, bind=bind, heartbeat=_number("LM_HEARTBEAT_SECONDS", 40.0))
     try:
-        _initialize(place)
+        _initialize(place, bind)
         yield Processes(link)
     except Stopped as stopped:
         if not stopped.together:
@@ -136,7 +174,7 @@ def _leave(link: Link) -> None:
     jax.distributed.shutdown()
 
 
-def _initialize(place: Place) -> None:
+def _initialize(place: Place, bind: str) -> None:
     import jax
 
     # Its handler of SIGTERM would take the place of ours, which stops all processes by itself.
@@ -150,8 +188,9 @@ def _initialize(place: Place) -> None:
         place.index,
         local_device_ids=place.local_devices,
         cluster_detection_method="deactivate",
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        coordinator_bind_address=bind,
+        heartbeat_timeout_seconds=FROZEN_SECONDS,
+        shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
 
 

@@ -12,6 +12,7 @@ def replicated(tree: Any) -> NamedSharding | None:
     None when this process holds all of them, and can read everything as it is.
     """
     for x in jax.tree.leaves(tree):
-        if isinstance(x, jax.Array) and not x.is_fully_addressable and isinstance(x.sharding, NamedSharding):
-            return NamedSharding(x.sharding.mesh, PartitionSpec())
+        sharding = getattr(x, "sharding", None)  # of a jax.Array, or of a ShapeDtypeStruct
+        if isinstance(sharding, NamedSharding) and not sharding.is_fully_addressable:
+            return NamedSharding(sharding.mesh, PartitionSpec())
     return None

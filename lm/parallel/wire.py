@@ -1,9 +1,12 @@
 """What goes over the line between the processes of a run."""
 
 import contextlib
+import ipaddress
 import json
+import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +27,15 @@ class Place:
     """Of the processes, in order, where the cluster tells."""
     local_devices: tuple[int, ...] | None = None
     """Those of this host that are for this process, where the cluster tells; None: all."""
+
+    @property
+    def bind(self) -> str:
+        """host:port for process 0 to listen at: only processes of this host reach an address that only they can use."""
+        host, _, port = self.address.rpartition(":")
+        with contextlib.suppress(ValueError):
+            if host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback:
+                return self.address
+        return f"[::]:{port}"
 
 
 class Frames:
@@ -57,11 +69,17 @@ def each(sock: socket.socket) -> Iterator[Any]:
         yield from frames.feed(chunk)
 
 
-def keep_alive(sock: socket.socket) -> None:
-    """A host that loses power says nothing: after a minute it counts as gone."""
+def keep_alive(sock: socket.socket, seconds: float) -> None:
+    """A host that loses power or its network says nothing: after so many seconds it counts as gone.
+
+    The kernel asks and answers: a process that is stopped or busy is not gone.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    for name, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 60_000)):
+    part = max(1, round(seconds / 4))
+    settings = {"TCP_KEEPIDLE": part, "TCP_KEEPINTVL": part, "TCP_KEEPCNT": 3}
+    settings["TCP_USER_TIMEOUT"] = round(1000 * seconds)  # for what was sent and not confirmed
+    for name, value in settings.items():
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -69,3 +87,10 @@ def keep_alive(sock: socket.socket) -> None:
 def say(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
+
+
+def exit_after(seconds: float, code: int) -> None:
+    """Ends the process then, whatever it still tries: what is written to a pipe or a disk may wait for ever."""
+    timer = threading.Timer(seconds, os._exit, [code])
+    timer.daemon, timer.name = True, "exit"
+    timer.start()

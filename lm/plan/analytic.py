@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 
 from lm.experiment import Config
-from lm.kernels.attention.splash import takes
+from lm.kernels.attention.splash import LANES, block_sizes, takes
 from lm.model.config import ModelConfig
 from lm.model.flops import flops_per_token
 from lm.model.loss import LOGITS_ON_ACCELERATORS
@@ -88,12 +88,19 @@ class Work:
     """Bytes kept for the backward pass, on the device."""
     offloaded: float
     """The same, on the host."""
+    moving: float
+    """What the device has more because of these: what is on its way, and the inputs of all layers once more. One layer
+    is taken out of the loop for the transfers, and it reads them in another layout."""
     carried: float
     """Bytes that go to the host for the backward pass in all of the step, and come back."""
     layer_weights: float
     """Elements of one layer, gathered."""
-    layer_results: float
-    """Elements that the products of one layer read and give, each once, in one run."""
+    copies: float
+    """Bytes of what is stored of all layers' weights, cast once for all that gather them."""
+    feed_forward: float
+    """Elements that the backward pass of a feed-forward layer has beside the residual stream, for one run."""
+    kernel: float
+    """The same of attention, scores aside."""
     hidden: float
     """Elements of the residual stream of one run."""
     scores: float
@@ -102,6 +109,9 @@ class Work:
     """Elements of the output weights, gathered."""
     logits: float
     """Elements computed at once."""
+    loss_left: float
+    """Bytes of what the gradient of the output weights is, or is computed from, until the layers' backward pass has
+    ended: the compiler sums it over devices only then."""
     layer_flops: float
     """Of the products of all layers, recomputation included, and of what a pipeline computes while it is idle."""
     loss_flops: float
@@ -129,13 +139,14 @@ def count_work(config: Config, sizes: dict[str, int], platform: str = "tpu") -> 
     rows = train.batch_size / parts["batch"]
     tokens = rows / train.accumulation / microbatches * train.sequence_length / parts["sequence"]
     stream = tokens * model.width / tensor
-    parameters, tables, layer_weights = 0.0, 0.0, 0.0
+    parameters, tables, matrices, layer_weights = 0.0, 0.0, 0.0, 0.0
     for axes, shape in stored_sizes(model):
         size = math.prod(shape)
         held = F32 * size / math.prod(parts[name] for name in axes)
         parameters += held
         tables += held * ("layers" not in axes)
         if axes[0] == "layers" and len(axes) > 2:
+            matrices += held / F32
             computed = math.prod(parts[name] for name in axes if name not in GATHERED and name != "layers")
             layer_weights += size / computed / (model.layers - model.layers % len(model.pattern))
 
@@ -161,10 +172,10 @@ def count_work(config: Config, sizes: dict[str, int], platform: str = "tpu") -> 
         scores = pairs * heads
 
     results = sum(inputs + outputs for _, inputs, outputs in products)
-    shared = (2 + model.gated) * model.width  # queries, keys and values read the same, and so do both of a gated layer
     # A pipeline also keeps what it receives and hands on each time, and all microbatches, as they come and go.
     flow = 2 * runs + 4 * microbatches if stages > 1 else 0
-    saved, offloaded = _saved(config, parts, tensor)
+    saved, offloaded = _saved(config, parts, tensor, platform)
+    feed_forward, kernel = _backward(config, parts, platform)
     passes = 3 + (train.remat != "none")
     loss_chunk = min(LOGITS_ON_ACCELERATORS, loss_tokens / train.accumulation * vocabulary)
     chunks = max(1.0, loss_tokens * vocabulary / loss_chunk)
@@ -174,13 +185,19 @@ def count_work(config: Config, sizes: dict[str, int], platform: str = "tpu") -> 
         item=item,
         saved=item * ((saved * tokens + (scores if train.remat == "none" else 0)) * layers * runs + flow * stream),
         offloaded=item * offloaded * tokens * layers * runs,
+        moving=item * (stream * layers * runs + offloaded * tokens) if offloaded else 0.0,
         carried=item * offloaded * tokens * times,
         layer_weights=layer_weights,
-        layer_results=tokens * (results - shared),
+        copies=item * matrices if item < F32 else 0.0,
+        feed_forward=tokens * feed_forward,
+        kernel=tokens * kernel,
         hidden=stream,
         scores=scores,
         table=vocabulary * model.width,
         logits=loss_chunk,
+        loss_left=F32 * vocabulary * model.width
+        if chunks > train.accumulation
+        else F32 * loss_chunk + item * loss_tokens / train.accumulation * model.width,
         layer_flops=layer_flops,
         loss_flops=loss_flops,
         attention_flops=attention,
@@ -234,32 +251,59 @@ def _rotations(config: Config, parts: dict[str, int], platform: str) -> float:
     return found
 
 
-def _saved(config: Config, parts: dict[str, int], tensor: int) -> tuple[float, float]:
+def _saved(config: Config, parts: dict[str, int], tensor: int, platform: str) -> tuple[float, float]:
     """Elements for each token and layer that are kept for the backward pass: on the device, and on the host."""
     model, train = config.model, config.train
-    heads = model.heads * model.head_width / parts["heads"]
-    grouped = model.key_value_heads * model.head_width / parts["kv_heads"]
+    heads, grouped = _heads(model, parts, platform)
     f = model.hidden_width / parts["mlp"]
     stream = model.width / tensor
+    sums = 2 * model.heads / parts["heads"]  # of exponentials, float32
     size = {
         "query": heads,
         "key": grouped,
         "value": grouped,
-        "attention": heads + 2 * model.heads / parts["heads"],  # and float32 sums of exponentials
+        "attention": heads + sums,
         "attention_output": stream,
         "feed_forward_up": f,
         "feed_forward_gate": f,
     }
     kept = stream
     if train.remat == "none":
-        hidden = (6 if model.gated else 3) * f
-        # Results of products, and what norms, positions and activations keep, partly float32.
-        kept = 4 * stream + 3 * model.width + 2 * heads + 2 * model.heads / parts["heads"] + hidden
-        kept += 2 * grouped * parts["sequence"]  # keys and values of whole sequences
+        # What norms read, float32, and give; what attention reads and gives, keys and values of whole sequences; the
+        # latter again in the shape in which the output weights read it; and the hidden layer.
+        kept = 4 * stream + 2 * model.width + 2 * heads + 2 * grouped * parts["sequence"] + sums
+        kept += model.heads * model.head_width / parts["heads"] + HIDDEN_KEPT[model.activation] * f
     return (
         kept + sum(size[name] for name in train.saved),
         sum(size[name] for name in train.offloaded),
     )
+
+
+def _backward(config: Config, parts: dict[str, int], platform: str) -> tuple[float, float]:
+    """Elements for each token that are there at once in the backward pass of a layer, beside the residual stream: in
+    that of the feed-forward layer, and in that of attention."""
+    model, train = config.model, config.train
+    heads, grouped = _heads(model, parts, platform)
+    whole = 3 * model.width if parts["residual"] > parts["sequence"] else 0  # of what `tensor` splits, gathered
+    # The hidden layer, its gradient, and those of what it is made of; where nothing is recomputed, only the latter.
+    results = 1 + model.gated + 2 * (train.remat != "none")
+    feed_forward = results * model.hidden_width / parts["mlp"] + 2 * (heads + grouped) + whole
+    kernel = 2 * heads + 4 * grouped * parts["sequence"] + whole
+    if platform == "tpu" and takes_splash(model, train.sequence_length, parts["sequence"]):
+        kernel += heads * max(_key_tiles(model, window, train.sequence_length, parts) for window in model.pattern)
+    return feed_forward, kernel
+
+
+def _key_tiles(model: ModelConfig, window: int, length: int, parts: dict[str, int]) -> int:
+    """Of the backward kernel, which writes a gradient of the queries for each, to be summed after it."""
+    sizes = block_sizes(length // parts["sequence"], length, window, model.head_width)
+    return length // (sizes.block_kv_dkv or length)
+
+
+def _heads(model: ModelConfig, parts: dict[str, int], platform: str) -> tuple[float, float]:
+    """Elements of the queries, and of the keys, of a token; a TPU pads heads to its lanes."""
+    width = -(-model.head_width // LANES) * LANES if platform == "tpu" else model.head_width
+    return model.heads * width / parts["heads"], model.key_value_heads * width / parts["kv_heads"]
 
 
 def takes_splash(model: ModelConfig, length: int, parts: int) -> bool:
@@ -327,24 +371,21 @@ def _exchanges(
 
 
 def _memory(config: Config, machine: Machine, work: Work) -> MemoryUse:
-    """The peak is in one of two places: where the loss of the last chunk is computed, or in the backward pass of the
-    last layer, when the gradients of nearly all layers are there."""
+    """The peak is in one of three places: where the loss of the last chunk is computed, or in the backward pass of the
+    last layer, when the gradients of nearly all layers are there, in its feed-forward layer or its attention."""
     n = machine.chip.devices
     on_host = config.train.optimizer_memory == "host"
     optimizer = 2 * work.parameters
     loss = LOSS_STREAM * work.item * work.hidden + (work.item + F32) * work.table + LOGITS * work.logits
-    layer = (
-        work.parameters
-        + WEIGHTS * work.layer_weights
-        + work.item * (RESULTS * work.layer_results + STREAM * work.hidden)
-        + SCORES * F32 * work.scores
-    )
+    # Of weights: gathered ones in one place; in the other, gradients that are not summed over devices yet.
+    feed_forward = work.item * (work.feed_forward + work.layer_weights)
+    attention = work.item * work.kernel + F32 * (work.layer_weights + SCORES * work.scores)
+    layer = work.parameters + work.loss_left + STREAM * work.item * work.hidden + max(feed_forward, attention)
     accumulated = work.parameters * (config.train.accumulation > 1)
     held = work.parameters + (0 if on_host else optimizer) + work.batch
-    moving = OFFLOADING * work.offloaded / config.model.layers
     # The update has all of the optimizer's state on the device, and some of it twice where it came from the host.
     update = (5.5 if on_host else 5.0) * work.parameters
-    total = max(held + accumulated + work.saved + moving + max(loss, layer), update)
+    total = max(held + accumulated + work.saved + work.copies + work.moving + max(loss, layer), update)
     gradients = accumulated + (work.parameters if layer > loss else 0)
     return MemoryUse(
         parameters=round(work.parameters * n),
@@ -414,11 +455,11 @@ def _traffic(machine: Machine, sizes: dict[str, int], exchanges: tuple[Exchange,
 # Fitted to compiled programs: see tests/benchmarks/plan_accuracy.py
 
 LOSS_STREAM, LOGITS = 3.0, 5.0
-OFFLOADING = 8.0
-"""Layers whose results are on their way to the host or back: 4 in programs for v5p, 11 for v6e."""
-WEIGHTS, RESULTS, STREAM, SCORES = 8.0, 1.18, 4.0, 3.0
-"""Of memory: bytes for each logit and each gathered weight of a layer; how many times what the products of a layer read
-and give, the residual stream, and the scores, are there at the same time."""
+STREAM, SCORES = 6.0, 3.0
+"""Of memory: bytes for each logit; how many times the residual stream, with the loss or in the backward pass of a
+layer, and the scores are there at the same time."""
+HIDDEN_KEPT = {"gelu": 2.0, "squared_relu": 3.5, "gelu_tanh": 6.0, "swiglu": 6.0, "geglu": 8.0}
+"""Arrays of the size of the hidden layer that autodiff keeps of it, itself included, where nothing is recomputed."""
 
 
 HIDDEN = 0.95

@@ -44,11 +44,9 @@ class TrainConfig:
     """Layers in the body of the loop over layers. All of them is faster on a CPU; compiling takes longer."""
     z_loss: float = 0.0
     """Weight of logsumexp(logits)² in the loss (PaLM: 1e-4)."""
-    max_bad_steps: int = free(20)
-    """Steps in a row with a non-finite loss or gradient (none of them is applied) after which the run ends."""
 
     def check(self) -> Iterator[tuple[str, str]]:
-        for name in ("steps", "batch_size", "sequence_length", "accumulation", "unroll", "max_bad_steps"):
+        for name in ("steps", "batch_size", "sequence_length", "accumulation", "unroll"):
             if getattr(self, name) < 1:
                 yield name, f"must be at least 1, got {getattr(self, name)}"
         if self.accumulation >= 1 and self.batch_size % self.accumulation:
@@ -65,6 +63,51 @@ class TrainConfig:
             yield "saved", "train.remat = 'names' needs names here or in train.offloaded; without any, it is 'full'"
         if not 0 <= self.z_loss < float("inf"):
             yield "z_loss", f"must be at least 0, got {self.z_loss}"
+
+
+@dataclasses.dataclass(frozen=True)
+class RecoveryConfig:
+    """What happens to steps that would harm the model: none of them is applied."""
+
+    spike_sigmas: float = 10.0
+    """Standard deviations that loss and (logarithm of the) gradient norm may be above the mean of the last 128 steps or
+    so; lm/train/guard.py has the rule. 0: all that are finite are applied."""
+    max_bad_steps: int = free(20)
+    """Steps in a row that were not applied after which the run goes back."""
+    rewinds: int = free(3)
+    """Times that it goes back to the last good checkpoint, and leaves out the batches since, before it ends. 0: never
+    goes back."""
+    verify_every: int = free(0)
+    """Steps from one that is computed twice and compared, bit by bit, to the next: lm/train/corruption.py. It costs that
+    step, and memory for a second state. 0: none."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if not 0 <= self.spike_sigmas < float("inf"):
+            yield "spike_sigmas", f"must be a number above 0, or 0 for no limit; got {self.spike_sigmas}"
+        if self.max_bad_steps < 1:
+            yield "max_bad_steps", f"must be at least 1, got {self.max_bad_steps}"
+        if self.rewinds < 0:
+            yield "rewinds", f"must be at least 0, got {self.rewinds}"
+        if self.verify_every < 0:
+            yield "verify_every", f"must be at least 0, got {self.verify_every}"
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+    """How long a phase of a run may go on without progress before the run counts as hung and ends; 0: for ever."""
+
+    start_seconds: float = 3600.0
+    """To restore, compile and read the first batch. Building data is not counted."""
+    step_seconds: float = 900.0
+    """More than `data.stall_seconds`, which can tell what was not read."""
+    evaluation_seconds: float = 3600.0
+    save_seconds: float = 3600.0
+    """For the part of a save that training waits for."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        for field in dataclasses.fields(self):
+            if not 0 <= getattr(self, field.name) < float("inf"):
+                yield field.name, f"must be a number above 0, or 0 for no limit; got {getattr(self, field.name)}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a finished or running run has learned: its config, tokenizer and parameters, from a checkpoint alone."""
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -15,7 +16,7 @@ from lm.experiment import Config
 from lm.parallel.mesh import MeshConfig, count_slices, make_mesh
 from lm.parallel.processes import ALONE, Processes
 from lm.train.run_directory import RunDirectory, is_run
-from lm.train.state import abstract_state
+from lm.train.state import abstract_state, init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,8 @@ def load_trained(path: str, *, step: int | None = None, processes: Processes = A
         config = dataclasses.replace(config, mesh=MeshConfig(data=-1, fsdp=1))
         mesh = make_mesh(config.mesh)
         abstract = abstract_state(config, mesh)
-    state = Checkpoints(directory, config.checkpoint, {}, print, processes).restore(step, abstract)
+    fresh = functools.partial(init_state, config, jax.random.key(config.run.seed))
+    state = Checkpoints(directory, config.checkpoint, {}, print, processes, fresh).restore(step, abstract)
     kind = config.data.tokenizer.kind
     tokenizer = load_tokenizer(kind, read_attachment(directory, step, FILE_NAMES[kind]))
     return Trained(config, state.params, tokenizer, step, mesh)

@@ -4,7 +4,8 @@ The order of things in a run is a contract:
   1. the run directory is locked, and the config agrees with what the directory holds;
   2. the data is built, or found built, and the tokenizer fits the model;
   3. the newest good checkpoint is restored, or the state is drawn from the seed;
-  4. for each step: the step itself, metrics of the step before, held-out loss if due, a save if due;
+  4. for each step: the step itself, metrics of the step before, held-out loss if due, a save if due; when too many
+     steps in a row could not be applied, back to a checkpoint, to go on without the batches that led there;
   5. the last save is waited for, then all held-out text is evaluated and a sample is written.
 
 In a run of many processes all of them go through this order. Each reads its rows of the batches and writes its part of
@@ -17,11 +18,12 @@ after it. A checkpoint is named by the steps done.
 """
 
 import contextlib
-import json
 import resource
 import shlex
 import sys
 import time
+import traceback
+from collections.abc import Collection, Iterator
 from typing import TextIO
 
 import jax
@@ -29,7 +31,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lm import config as configs
-from lm.checkpoint.checkpoints import Checkpoints, list_checkpoints, read_attachment
+from lm.checkpoint.checkpoints import Checkpoints
+from lm.checkpoint.local import LocalCheckpoints, Restored, restore_newest
 from lm.data.batches import Batches, Evaluation
 from lm.data.corpus import build_corpus, manifest_files, open_corpus
 from lm.data.loader import Loader
@@ -46,32 +49,52 @@ from lm.parallel.processes import ALONE, Processes
 from lm.parallel.rows import local_rows, whole_batch
 from lm.parallel.sharding import batch_sharding, rules
 from lm.parallel.wire import say as say_here
-from lm.train import ledger
+from lm.train import ledger, provenance
+from lm.train.bad_steps import BadSteps, Seen
+from lm.train.corruption import Verification
 from lm.train.forecast import Expect, Expected, Forecast
+from lm.train.groups import gradient_groups
 from lm.train.heldout import HeldOut, held_out_loss
 from lm.train.host_memory import keep_freed_memory
+from lm.train.journal import Journal
+from lm.train.ledger import Ledger
 from lm.train.meter import Meter
 from lm.train.progress import Progress, human_count, human_seconds
-from lm.train.resume import refuse_if_changed
+from lm.train.resume import refuse_other_run
 from lm.train.run_directory import RunDirectory
 from lm.train.sample import sample_text
 from lm.train.signals import StopRequest, stop_signals
-from lm.train.state import TrainState, abstract_state, in_one_stack, init_state
+from lm.train.slowest import slowest
+from lm.train.state import TrainState, abstract_state, forget, in_one_stack, init_state
 from lm.train.step import Metrics, check_batch, jit_train_step, make_eval_step
 from lm.train.summaries import NoSummaries, Summaries, verbatim
+from lm.train.watchdog import Watchdog
 
+SLOWEST_SECONDS = 600.0
+"""Between two lines that name the process that holds the others up."""
 SHARED_SECONDS = 60.0
 """How long a shared file system may take to show to one host what another one has written."""
 
 
-def train(config: Config, *, stream: TextIO | None, processes: Processes = ALONE, expect: Expect | None = None) -> None:
+def train(
+    config: Config,
+    *,
+    stream: TextIO | None,
+    processes: Processes = ALONE,
+    expect: Expect | None = None,
+    allow: Collection[str] = (),
+    began: float | None = None,
+) -> None:
     """Runs, or goes on with, the run in `config.run.dir` until all steps are done.
 
-    Progress is printed to `stream`; what `expect` predicts is logged beside what is measured.
+    Progress is printed to `stream`; what `expect` predicts is logged beside what is measured. `allow` is what may be
+    another one than a run to go on with was trained by, of `provenance.ALLOWED`; `began` is when the process did, by
+    time.monotonic.
     Raises LmError, whose exit code says how the run ended: Stopped when a signal ended it after a save,
     DivergedError, DataError, StorageError, or ConfigError before anything happened.
     All of the `processes` call this with the same config.
     """
+    began = time.monotonic() if began is None else began
     run = RunDirectory(config.run.dir)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
@@ -92,7 +115,23 @@ def train(config: Config, *, stream: TextIO | None, processes: Processes = ALONE
             else lambda line: say_here(f"lm: {processes.name(processes.index)}: {line}")
         ),
     ):
-        _Run(config, mesh, abstract, directory, progress, stop, processes, expect).go()
+        if processes.primary:
+            refuse_other_run(directory, config, allow, progress.say)
+        facts = {"processes": processes.count, "devices": mesh.size, "kind": jax.devices()[0].device_kind}
+        path = directory.journal if processes.primary else None
+        with (
+            Journal(path, facts=facts, began=began, report=progress.say) as journal,
+            Watchdog(config.watchdog, directory.path, processes, on_hang=journal.hung) as watchdog,
+        ):
+            _Run(config, mesh, abstract, directory, progress, journal, watchdog, stop, processes, expect).go()
+
+
+class _NotApplied(Exception):
+    """Too many steps in a row were not applied; `step` is the last."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
 
 
 class _Run:
@@ -105,28 +144,33 @@ class _Run:
         abstract: TrainState,
         directory: RunDirectory,
         progress: Progress,
+        journal: Journal,
+        watchdog: Watchdog,
         stop: StopRequest,
         processes: Processes,
         expect: Expect | None,
     ):
         self.config, self.mesh, self.abstract = config, mesh, abstract
         self.directory, self.progress, self.stop = directory, progress, stop
+        self.journal, self.watchdog = journal, watchdog
+        self.shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         self.sharding = batch_sharding(mesh, rules(config.mesh))
         self.processes, self.expect = processes, expect
         self.stopped_by: str | None = None
+        self.bad_steps = BadSteps(gradient_groups(config))
         self.say = progress.say
         self.started = time.monotonic()
+        self.slowest_said = self.started
 
     def go(self) -> None:
-        if self.processes.primary:
-            self.agree_with_directory()
         self.open_data()
-        first, state = self.restore_or_draw()
+        with self.journal.time("restore"):
+            first, state = self.restore_or_draw()
         self.report_data(first)
-        self.summaries = (
-            Summaries(self.directory, first_step=first, report=self.say) if self.processes.primary else NoSummaries()
-        )
-        self.compile()
+        self.open_summaries(first)
+        with self.journal.time("compile"):
+            self.compile()
+        self.journal.note("compiled")
         try:
             state = self.steps(first, state)
             self.finish(state)
@@ -134,33 +178,16 @@ class _Run:
             self.checkpoints.close()
             self.summaries.close()
 
-    # 1. The run directory
-
-    def agree_with_directory(self) -> None:
-        found = [c.step for c in list_checkpoints(self.directory.checkpoints) if c.problem is None]
-        if not found:
-            return
-        done = max(found)
-        try:
-            saved = json.loads(read_attachment(self.directory.checkpoints, done, "config.json"))
-        except StorageError as error:  # damaged: restoring will set it aside and say so
-            self.say(str(error))
-            return
-        refuse_if_changed(configs.from_dict(Config, saved), self.config, done=done)
-        if done > self.config.train.steps:
-            raise ConfigError(
-                f"{self.directory.path} has {done} steps done, more than --train.steps {self.config.train.steps}; "
-                "choose another --run.dir"
-            )
-
     # 2. The data
 
     def open_data(self) -> None:
         config, length = self.config, self.config.train.sequence_length
+        self.watchdog.phase("data")
         if self.processes.primary:
             build_corpus(config.data, config.data_dir, self.say)
         self.processes.broadcast("data is built")
         self.wait_for_data()
+        self.watchdog.phase("start")
         corpus = open_corpus(config.data_dir, config.data)
         self.processes.agree("data", {f"the fingerprint of {config.data_dir}": corpus.fingerprint[:12]})
         size, seed = config.train.batch_size, config.run.seed
@@ -201,37 +228,60 @@ class _Run:
         config = self.config
         attachments = {
             "config.json": configs.to_json(config).encode(),
+            provenance.FILE: provenance.write(provenance.provenance()),
             self.tokenizer.file_name: self.tokenizer.serialize(),
         }
         self.checkpoints = Checkpoints(
-            self.directory.checkpoints, config.checkpoint, attachments, self.say, self.processes
+            self.directory.checkpoints,
+            config.checkpoint,
+            attachments,
+            self.say,
+            self.processes,
+            fresh=lambda: init_state(config, jax.random.key(config.run.seed)),
         )
-        restored = self.checkpoints.restore_newest(self.abstract)
+        self.local = LocalCheckpoints(
+            config.checkpoint, self.directory.path, self.journal.run, self.say, self.processes
+        )
+        restored = restore_newest(self.checkpoints, self.local, self.directory.checkpoints, self.abstract)
         if restored is None:
-            draw = jax.jit(
-                lambda key: init_state(config, key),
-                out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract),
-            )
-            first, state = 0, draw(jax.random.key(config.run.seed))
+            first, state = 0, self.draw()
         else:
-            first, state = restored
-            self.say(f"goes on from checkpoint {first}")
+            first, state = restored.step, restored.state
+            self.say(f"goes on from {'local ' * (restored.tier == 'local')}checkpoint {first}")
+            self.journal.restored(first, restored.tier)
+        self.durable = first if restored and restored.tier == "durable" else None
+        self.take_data(self.noted_data(restored) if self.processes.primary else None)
         if self.processes.primary:
-            self.note_data(first)
             write_atomically(self.directory.config, attachments["config.json"])
         return first, state
 
-    def note_data(self, first: int) -> None:
-        """Notes what the run is trained on from step `first`, or refuses to go on with other data."""
+    def draw(self) -> TrainState:
+        """The state at step 0."""
+        draw = jax.jit(lambda key: init_state(self.config, key), out_shardings=self.shardings)
+        return draw(jax.random.key(self.config.run.seed))
+
+    def noted_data(self, restored: Restored[TrainState] | None) -> Ledger:
+        """What the run is trained on from here; refuses to go on with other data."""
         corpus = self.batches.corpus
-        if first:
-            before = ledger.read(read_attachment(self.directory.checkpoints, first, ledger.FILE))
-            found = ledger.extended(before, corpus, first)
-            if found != before:
-                self.say(ledger.describe(found[-1]))
-        else:
-            found = [ledger.entry(corpus, 0)]
-        self.checkpoints.attach(ledger.FILE, ledger.write(found))
+        if restored is None or not restored.step:
+            return Ledger((ledger.entry(corpus, 0),))
+        before = ledger.of_checkpoint(restored.directory, restored.step)
+        found = ledger.extended(before, corpus, before.skips.batch(restored.step))
+        if found != before:
+            self.say(ledger.describe(found.entries[-1]))
+        return found
+
+    def take_data(self, found: Ledger | None) -> None:
+        """Trains on this from now on; the primary says it to the others."""
+        contents = self.processes.broadcast("data", ledger.write(found).decode() if found else None).encode()
+        self.ledger = ledger.read(contents)
+        self.batches.skips = self.ledger.skips
+        self.checkpoints.attach(ledger.FILE, contents)
+
+    def open_summaries(self, first: int) -> None:
+        self.summaries = (
+            Summaries(self.directory, first_step=first, report=self.say) if self.processes.primary else NoSummaries()
+        )
 
     def compile(self) -> None:
         """Compiles the train and evaluation steps, so that no later step can be compiled by surprise."""
@@ -239,9 +289,18 @@ class _Run:
         example = self.batches.shapes()
         batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self.sharding) for k, v in example.items()}
         step = jit_train_step(config, self.mesh)
-        self.train_step = step.lower(self.abstract, batch).compile()
+        lowered = step.lower(self.abstract, batch)
+        self.train_step = lowered.compile()
+        self.verification = (
+            Verification(self.train_step, self.abstract, lowered.out_info[1], self.mesh, self.processes)
+            if config.recovery.verify_every
+            else None
+        )
+        # At a new phase of the mixture the loss is another one.
+        self.forget = jax.jit(forget, donate_argnums=0, out_shardings=self.shardings).lower(self.abstract).compile()
         batch.pop("prefix", None)  # text that is held out has none
         self.eval_step = jax.jit(make_eval_step(config, self.mesh)).lower(self.abstract.params, batch).compile()
+        self.checkpoints.compile(self.abstract)
         self.summaries.config(configs.to_json(config))
         flops = flops_per_token(config.model, config.train.sequence_length)
         peak = peak_flops(jax.devices()[0].device_kind)
@@ -276,18 +335,25 @@ class _Run:
     def steps(self, first: int, state: TrainState) -> TrainState:
         last = self.config.train.steps
         self.stop.deferred = True
-        data = self.config.data
-        with Loader(
-            self.batches,
-            range(first, last),
-            self.rows,
-            workers=data.loader_workers,
-            stall_seconds=data.stall_seconds,
-        ) as loader:
-            state, done = self.run_steps(first, state, loader)
-        if done > first or first == 0:
-            self.checkpoints.save(state, done, wait=True)
-            self.checkpoints.wait()
+        while True:
+            try:
+                with self.journal.time("step"):
+                    state, done = self.steps_from(first, state)
+                break
+            except _NotApplied as problem:
+                traceback.clear_frames(problem.__traceback__)  # they hold the state, and there is room for one
+                until = problem.step + 1
+            del state
+            self.watchdog.phase("start")
+            with self.journal.time("restore"):
+                first, state = self.rewind(until)
+        if done != self.durable:
+            with self.doing("save", done):
+                self.checkpoints.save(state, done, wait=True)
+                self.checkpoints.wait()
+            self.journal.saved(self.checkpoints.last_good)
+        if self.checkpoints.last_good == done:
+            self.local.remove_all()
         if done < last:
             if self.checkpoints.last_good != done:
                 raise StorageError(f"stopped by {self.stopped_by}, and step {done} could not be saved: see above")
@@ -299,33 +365,73 @@ class _Run:
             raise stopped
         return state
 
+    def steps_from(self, first: int, state: TrainState) -> tuple[TrainState, int]:
+        data = self.config.data
+        with Loader(
+            self.batches,
+            range(first, self.config.train.steps),
+            self.rows,
+            workers=data.loader_workers,
+            stall_seconds=data.stall_seconds,
+        ) as loader:
+            return self.run_steps(first, state, loader)
+
     def run_steps(self, first: int, state: TrainState, loader: Loader) -> tuple[TrainState, int]:
         config, last = self.config, self.config.train.steps
         batch = self.put(next(loader)[1]) if first < last else None
         before: tuple[int, Metrics, dict[str, float]] | None = None
         self.meter.start(first)
         for k in range(first, last):
-            self.stopped_by = self.processes.stop_before(k, self.stop.received)
+            self.watchdog.phase("step", k)
+            requests = {"stop": self.stop.received}
+            if k > first:
+                requests |= {"save": self.checkpoints.retry_due(), "local save": self.local.due()}
+            wanted = self.processes.meet_before(requests)
+            self.stopped_by = wanted.get("stop")
             if self.stopped_by:
                 last = k
                 break
-            state, metrics = self.train_step(state, batch)
+            if before is not None and ("save" in wanted or "local save" in wanted):
+                self.log(*before)
+                before = None
+            if "save" in wanted:
+                self.save(state, k)
+            if "local save" in wanted:
+                with self.doing("save", k):
+                    self.local.save(state, k, self.checkpoints.attachments)
+            if self.batches.begins_phase(k):
+                state = self.forget(state)
+            if self.verification and self.is_due(config.recovery.verify_every, k + 1):
+                state, metrics = self.verification.step(k, state, batch)
+            else:
+                state, metrics = self.train_step(state, batch)
             if k + 1 < last:  # the next batch is on its way to the devices while they compute
-                with self.meter.waiting():
+                with self.meter.waiting(), self.journal.time("input"):
                     coming = next(loader)[1]
                 batch = self.put(coming)
             if before is not None:
                 self.log(*before)
             due = self.is_due(config.eval.every, k + 1) and k + 1 < last
             before = (k, metrics, self.evaluate(state, k) if due else {})
-            if self.is_due(config.checkpoint.every, k + 1) and k + 1 < last:
+            if self.checkpoints.due(k + 1) and k + 1 < last:
                 self.log(*before)
                 before = None
-                with self.meter.paused():
-                    self.checkpoints.save(state, k + 1)
+                self.save(state, k + 1)
         if before is not None:
             self.log(*before)
         return state, last
+
+    def save(self, state: TrainState, step: int) -> None:
+        with self.doing("save", step):
+            self.checkpoints.save(state, step)
+
+    @contextlib.contextmanager
+    def doing(self, what: str, step: int) -> Iterator[None]:
+        """For what is no training, "evaluation" or "save", after so many steps."""
+        self.watchdog.phase(what, step)
+        with self.meter.paused(), self.journal.time(what):
+            yield
+        self.watchdog.phase("step", step)
 
     def is_due(self, every: int, done: int) -> bool:
         return every > 0 and done % every == 0
@@ -335,23 +441,44 @@ class _Run:
 
     def log(self, k: int, metrics: Metrics, extra: dict[str, float]) -> None:
         """Reads the metrics of step k, which the devices have finished by now or soon will have."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        streak = int(values.pop("bad_streak"))
+        if self.verification:
+            self.verification.check(k)
+        fetched = jax.device_get(metrics)
+        norms = fetched.pop("group_grad_norms")
+        values = {name: float(value) for name, value in fetched.items()}
+        streak, finite = int(values.pop("bad_streak")), bool(values.pop("finite"))
+        self.bad_steps.see(Seen(k, values, norms), applied=not streak, finite=finite)
         if streak:
-            self.say(f"step {k}: loss or gradient not finite, not applied ({streak} in a row)")
-        if streak >= self.config.train.max_bad_steps:
-            raise DivergedError(
-                f"diverged: {streak} steps in a row were not finite, the last one step {k}; none of them was "
-                f"applied. Checkpoints in {self.directory.checkpoints} are from before; a lower "
-                "--optim.learning_rate in a new --run.dir may help"
-            )
+            what = "a spike" if finite else "loss or gradient not finite"
+            self.say(f"step {k}: {what}, not applied ({streak} in a row)")
+        if streak >= self.config.recovery.max_bad_steps:
+            raise _NotApplied(k)
+        self.journal.step(k)
+        self.journal.saved(self.checkpoints.last_good)
+        self.checkpoints.check()
+        if self.ledger.rewinds:
+            values["rewinds"] = sum(one.attempt for one in self.ledger.rewinds)
+            values["batches_left_out"] = self.batches.skips.batch(k) - k
         values |= extra
         if k % self.config.log.every == 0 or k == self.config.train.steps - 1 or extra or streak:
             values |= self.meter.read(k) | self.forecast.values()
+            self.name_slowest(k)
+            if self.processes.primary:
+                values |= self.checkpoints.counts() | self.local.counts() | self.journal.goodput().values()
             self.summaries.scalars(k, values)
             if self.meter.intervals == 2:  # the first holds what happens only once
                 self.compare()
         self.progress.update(k + 1, values | self.meter.latest)
+
+    def name_slowest(self, k: int) -> None:
+        """Says now and then which process holds the others up, if one does."""
+        speed = self.meter.latest
+        note = {"step": k, "step_seconds": speed["step_seconds"], "input": speed["input_wait_seconds"]}
+        self.processes.note("speed", note)
+        if time.monotonic() - self.slowest_said > SLOWEST_SECONDS:
+            self.slowest_said = time.monotonic()
+            if line := slowest(self.processes.notes("speed"), self.processes.name):
+                self.say(line)
 
     def compare(self) -> None:
         seconds = self.meter.mean_step_seconds
@@ -362,7 +489,7 @@ class _Run:
         """Held-out loss, and a sample, of the state after step k."""
         if self.held_out is None:
             return {}
-        with self.meter.paused():
+        with self.doing("evaluation", k + 1):
             count = len(self.held_out)
             wanted = min(self.config.eval.batches or count, count)
             result = self.held_out_on(state, [int(i) for i in np.linspace(0, count - 1, wanted).round()])
@@ -383,6 +510,60 @@ class _Run:
             self.summaries.text(k, "sample", verbatim(text))
         return text
 
+    def rewind(self, until: int) -> tuple[int, TrainState]:
+        """Goes back to a checkpoint of before the steps that were not applied; the batches from there up to step
+        `until` are left out from then on.
+
+        What is done follows from the ledger and the checkpoints alone, so that a run killed on the way does the same
+        again. Raises DivergedError when `recovery.rewinds` attempts did not get beyond, or there is no checkpoint.
+        """
+        first_bad, before = self.bad_steps.first, self.ledger.rewinds[-1:]
+        assert first_bad is not None
+        known = [*self.bad_steps.report(), *self.documents_of_bad_step()]
+        for line in known:
+            self.say(line)
+        again = before[0] if before and first_bad < before[0].until else None
+        attempt, at_most = (again.attempt + 1, again.step - 1) if again else (1, first_bad)
+        limit = self.config.recovery.rewinds
+        self.checkpoints.wait()
+        restored = None
+        if attempt <= limit and at_most >= 0:
+            restored = self.checkpoints.restore_newest(self.abstract, at_most=at_most)
+            self.durable = restored and restored[0]
+            if restored is None and self.checkpoints.last_good is None:
+                restored = 0, self.draw()
+        if restored is None:
+            why = f"recovery.rewinds is {limit}" if attempt > limit else f"no checkpoint is older than step {first_bad}"
+            more = "".join(f"\n    {line}" for line in known)
+            raise DivergedError(
+                f"diverged, and rewound {attempt - 1} times ({why}). Checkpoints in {self.directory.checkpoints} are "
+                f"from before; a lower --optim.learning_rate in a new --run.dir may help{more}"
+            )
+        step, state = restored
+        self.local.remove_after(step)
+        self.checkpoints.set_aside_after(step)
+        self.journal.rewind(step)
+        self.take_data(self.ledger.rewound(step, until, attempt) if self.processes.primary else None)
+        self.bad_steps = BadSteps(gradient_groups(self.config))
+        self.summaries.close()
+        self.open_summaries(step)
+        self.summaries.text(step, "rewind", verbatim("\n".join(known)))
+        self.say(
+            f"rewound to {f'checkpoint {step}' if step else 'the start'}; goes on without the "
+            f"{self.ledger.rewinds[-1].batches} batches that led to step {until} (attempt {attempt} of {limit})"
+        )
+        return step, state
+
+    def documents_of_bad_step(self) -> list[str]:
+        """What the first step that was not applied read; that it cannot be read again changes nothing here."""
+        if not self.processes.primary:
+            return []
+        limit = self.config.data.stall_seconds
+        try:
+            return in_time(lambda: list(self.bad_steps.documents(self.batches)), "documents", limit, self.batches.reads)
+        except DataError as error:
+            return [f"what it read is not known: {error}"]
+
     # 5. The end
 
     def finish(self, state: TrainState) -> None:
@@ -391,6 +572,22 @@ class _Run:
             raise StorageError(f"all {steps} steps are done, but the last state could not be saved: see above")
         if self.meter.intervals != 2:  # else it was just said
             self.compare()
+        with self.doing("evaluation", steps):
+            self.evaluate_all(state)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.say(self.journal.goodput().line())
+        self.say(
+            f"all {steps} steps are done, in {self.directory.path} "
+            f"({human_seconds(time.monotonic() - self.started)}, peak memory of this process {peak / 1e9:.2f} GB)\n"
+            "next:\n"
+            f"    tensorboard --logdir {self.directory.path}\n"
+            f"    lm generate {self.directory.path} --prompt {shlex.quote(self.config.sample.prompt)}\n"
+            f"    lm eval {self.directory.path}\n"
+            f"    lm train {self.directory.path}    # a run that was stopped (Ctrl-C) goes on, bit for bit"
+        )
+
+    def evaluate_all(self, state: TrainState) -> None:
+        steps = self.config.train.steps
         if self.held_out is not None:
             result = self.held_out_on(state, list(range(len(self.held_out))))
             self.summaries.amend_last(
@@ -403,13 +600,3 @@ class _Run:
         text = self.sample(state, steps - 1)
         if text:
             self.say("sample:\n" + "\n".join("    " + line for line in text.splitlines()))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        self.say(
-            f"all {steps} steps are done, in {self.directory.path} "
-            f"({human_seconds(time.monotonic() - self.started)}, peak memory of this process {peak / 1e9:.2f} GB)\n"
-            "next:\n"
-            f"    tensorboard --logdir {self.directory.path}\n"
-            f"    lm generate {self.directory.path} --prompt {shlex.quote(self.config.sample.prompt)}\n"
-            f"    lm eval {self.directory.path}\n"
-            f"    lm train {self.directory.path}    # a run that was stopped (Ctrl-C) goes on, bit for bit"
-        )

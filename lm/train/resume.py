@@ -1,12 +1,54 @@
 """Whether a run directory may be continued with the config at hand."""
 
+import json
+from collections.abc import Callable, Collection
+
 import jax
 import numpy as np
 
+from lm import config as configs
+from lm.checkpoint.checkpoints import list_checkpoints, read_attachment
+from lm.checkpoint.local import local_directory, steps_of_run
 from lm.config import Difference, diff, format_diff
-from lm.errors import ConfigError
+from lm.errors import ConfigError, StorageError
 from lm.experiment import Config
 from lm.optim.schedules import learning_rate
+from lm.train import journal, provenance
+from lm.train.run_directory import RunDirectory
+
+
+def refuse_other_run(
+    directory: RunDirectory, config: Config, allow: Collection[str], say: Callable[[str], None]
+) -> None:
+    """Raises ConfigError when the directory holds another run than that of `config`, one that other code has trained
+    (and `allow` does not say "code" or "versions"), one that is further, or one whose checkpoints are gone."""
+    journal.refuse_lost_checkpoints(directory)
+    places = {info.step: directory.checkpoints for info in list_checkpoints(directory.checkpoints) if not info.problem}
+    if config.checkpoint.local_dir:
+        local = local_directory(config.checkpoint, directory.path)
+        run = journal.run_of(journal.read(directory.journal))
+        places |= dict.fromkeys(steps_of_run(local, run), local)
+    if not places:
+        return
+    done = max(places)
+    try:
+        saved = json.loads(read_attachment(places[done], done, "config.json"))
+    except StorageError as error:  # damaged: restoring will set it aside and say so
+        say(str(error))
+        return
+    refuse_if_changed(configs.from_dict(Config, saved), config, done=done)
+    if done > config.train.steps:
+        raise ConfigError(
+            f"{directory.path} has {done} steps done, more than --train.steps {config.train.steps}; "
+            "choose another --run.dir"
+        )
+    try:
+        code = read_attachment(places[done], done, provenance.FILE)
+    except StorageError as error:  # damaged, or from before it was kept
+        say(str(error))
+        return
+    for line in provenance.refuse_if_other(code, done, allow):
+        say(f"not as it was up to checkpoint {done}: {line}")
 
 
 def refuse_if_changed(saved: Config, config: Config, *, done: int) -> None:

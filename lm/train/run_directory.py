@@ -4,6 +4,7 @@
       checkpoints/     one folder per saved step
       tensorboard/     event files
       metrics.jsonl    one JSON object per logged step
+      journal.jsonl    starts, ends, and where the time went
       log.txt          what the run printed
       .lock            held by the process that writes the run
 """
@@ -40,6 +41,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.jsonl"
+        self.journal = self.path / "journal.jsonl"
         self.log = self.path / "log.txt"
         self._lock: int | None = None
 

@@ -13,11 +13,12 @@ from lm.model.transformer import init_params, parameter_axes
 from lm.optim.optimizer import optimizer
 from lm.parallel.mesh import AnyMesh
 from lm.parallel.sharding import check_table, like_parameters, rules, tree_shardings
+from lm.train.guard import Guard, fresh_guard
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "opt_state", "skipped", "bad_streak"],
+    data_fields=["step", "params", "opt_state", "skipped", "bad_streak", "guard"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +31,22 @@ class TrainState:
     """float32 master weights."""
     opt_state: Any
     skipped: jax.Array
-    """int32, steps that were not applied because something was not finite."""
+    """int32, steps that were not accepted (lm/train/guard.py) and so not applied."""
     bad_streak: jax.Array
     """int32, how many of them came last, in a row."""
+    guard: Guard
 
 
 def init_state(config: Config, key: jax.Array) -> TrainState:
     """The state at step 0. To be jitted with the shardings of `abstract_state`."""
     params = by_repeats(init_params(config.model, key), config.mesh.repeats)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer(config.optim).init(params), zero, zero)
+    return TrainState(zero, params, optimizer(config.optim).init(params), zero, zero, fresh_guard())
+
+
+def forget(state: TrainState) -> TrainState:
+    """The state with statistics that begin anew: what comes now is not like what came before."""
+    return dataclasses.replace(state, guard=fresh_guard())
 
 
 def abstract_state(config: Config, mesh: AnyMesh) -> TrainState:

@@ -20,20 +20,22 @@ from lm.parallel.mesh import AnyMesh
 from lm.parallel.pipeline import split_rows
 from lm.parallel.sharding import batch_sharding, rules, spec
 from lm.train.compiler import compiler_options
+from lm.train.groups import group_norms
 from lm.train.state import TrainState, abstract_state
 
 Metrics = dict[str, jax.Array]
 
 
 def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The pure function from state and batch to the next state and float32 scalars. The caller jits it, donating
-    the state.
+    """The pure function from state and batch to the next state and float32 metrics, all scalars but
+    `group_grad_norms` (see `gradient_groups`). The caller jits it, donating the state.
 
     Loss and gradients are computed as lm/parallel/layout.py tells; the update is split by the compiler, which after
     the gradients has nothing left to exchange but norms.
 
-    A step whose loss, gradient or update is not finite is counted but leaves parameters and optimizer state as
-    they were, bit for bit: the old values are selected, so nothing non-finite is ever multiplied into them.
+    A step whose loss, gradient or update is not finite, or that spikes (lm/train/guard.py), is counted but leaves
+    parameters, optimizer state and statistics as they were, bit for bit: the old values are selected, so nothing
+    non-finite is ever multiplied into them. `finite` tells the two apart.
     """
     transformation = optimizer(config.optim)
     schedule = learning_rate(config.optim, config.train.steps)
@@ -45,26 +47,28 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
         sums, gradients = compute(state.params, batch, key)
         weight = jnp.maximum(sums.weight, 1.0)
         gradients = jax.tree.map(lambda g: g / weight, gradients)
-        loss, rate = sums.total / weight, schedule(state.step)
+        loss, nll, rate = sums.total / weight, sums.nll / weight, schedule(state.step)
 
         old_opt_state = _to(jax.memory.Space.Device, state.opt_state) if on_host else state.opt_state
         updates, opt_state = transformation.update(gradients, old_opt_state, state.params)
         updates = jax.tree.map(lambda u: -rate * u, updates)
         grad_norm, update_norm = optax.tree.norm(gradients), optax.tree.norm(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-        select = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
-        params = select(optax.apply_updates(state.params, updates), state.params)
-        opt_state = select(opt_state, old_opt_state)
-        bad = 1 - finite.astype(jnp.int32)
+        accepted = finite & state.guard.accepts(nll, grad_norm, config.recovery.spike_sigmas)
+        params = _select(accepted, optax.apply_updates(state.params, updates), state.params)
+        opt_state = _select(accepted, opt_state, old_opt_state)
+        bad = 1 - accepted.astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
             params=params,
             opt_state=_to(jax.memory.Space.Host, opt_state) if on_host else opt_state,
             skipped=state.skipped + bad,
             bad_streak=(state.bad_streak + 1) * bad,
+            # A batch without targets says nothing.
+            guard=_select(accepted & (sums.weight > 0), state.guard.add(nll, grad_norm), state.guard),
         )
         metrics = {
-            "loss": sums.nll / weight,
+            "loss": nll,
             "bits_per_byte": sums.nll / (jnp.log(2.0) * jnp.maximum(sums.bytes, 1.0)),
             "learning_rate": rate,
             "grad_norm": grad_norm,
@@ -73,6 +77,8 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
             "targets": sums.weight,
             "skipped_steps": new_state.skipped,
             "bad_streak": new_state.bad_streak,
+            "finite": finite,
+            "group_grad_norms": group_norms(gradients),
         }
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
@@ -187,6 +193,10 @@ def _parameter_specs(config: Config, mesh: Mesh) -> Any:
 
 def _rows(mesh: Mesh, config: Config) -> PartitionSpec:
     return batch_sharding(mesh, rules(config.mesh)).spec
+
+
+def _select(which: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(which, a, b), new, old)
 
 
 def _to(space: Any, tree: Any) -> Any:

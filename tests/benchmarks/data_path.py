@@ -3,7 +3,7 @@
     python tests/benchmarks/data_path.py [DIRECTORY ...] [--tokens 60] [--short]
 
 DIRECTORY is what `lm data build` made, each a source; by default documents are made up, --tokens millions of them. The
-caches hold 8 million of them, so a step reads most of what it needs from the files, which the system has in memory.
+caches hold 16 million of them, so a step reads most of what it needs from the files, which the system has in memory.
 
 tokens/s    of batches of 16 rows that follow each other, one after the other
 of copying  that, to the speed of merely copying as many tokens out of one array: does not depend on the machine

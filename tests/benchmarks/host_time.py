@@ -20,17 +20,21 @@ import jax.numpy as jnp
 from lm import config as configs
 from lm.experiment import Config, RunConfig
 from lm.train import loop, step
+from lm.train.groups import gradient_groups
 
 NAMES = (
     "loss", "bits_per_byte", "learning_rate", "grad_norm", "param_norm", "update_norm", "targets", "skipped_steps",
-    "bad_streak",
+    "bad_streak", "finite",
 )  # fmt: skip
 
 
 def without_computation(config, mesh):
+    groups = len(gradient_groups(config))
+
     def step(state, batch):
         touched = jnp.sum(batch["tokens"][:, 0]) * 0.0
-        return dataclasses.replace(state, step=state.step + 1), dict.fromkeys(NAMES, touched)
+        metrics = dict.fromkeys(NAMES, touched) | {"group_grad_norms": jnp.full(groups, touched)}
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
     return step
 

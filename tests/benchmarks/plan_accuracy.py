@@ -87,13 +87,9 @@ TUNED = {
     "llama-70b": Setting("v5p:8x8x8", LLAMA_70B, 8192, 1024, {"fsdp": 512}),
     "offload": Setting("v5p:2x2x4", (4096, 16, 32, 8, 14336, 32000), 8192, 32, {"fsdp": 16}, "names", (), QKVA),
     "wide": Setting("v5p:4x4x4", (8192, 8, 64, 8, 28672, 32000), 4096, 64, {"fsdp": 16, "tensor": 4}),
-}
-OTHERS = {
     "gpt": Setting(
         "v5e:2x2", (1024, 12, 16, 16, 4096, 50304), 1024, 64, {"fsdp": 4}, "none", embeddings="tied", activation="gelu"
     ),
-    "context": Setting("v5p:2x2x4", (2048, 12, 16, 8, 8192, 32000), 32768, 4, {"fsdp": 4, "context": 4}),
-    "tied": Setting("v5e:4x4", (2560, 20, 20, 4, 6912, 50304), 2048, 64, {"fsdp": 16}, embeddings="tied"),
     "gpt-wide": Setting(
         "v5p:2x2x2",
         (1536, 24, 12, 12, 6144, 50304),
@@ -104,8 +100,13 @@ OTHERS = {
         embeddings="tied",
         activation="gelu",
     ),
-    "13b": Setting("v4:4x4x4", (5120, 40, 40, 40, 13824, 32000), 4096, 128, {"fsdp": 64}),
+    "context": Setting("v5p:2x2x4", (2048, 12, 16, 8, 8192, 32000), 32768, 4, {"fsdp": 4, "context": 4}),
     "long": Setting("v5p:4x4x4", (4096, 32, 32, 8, 14336, 32000), 65536, 16, {"fsdp": 16, "context": 4}),
+    "3b": Setting("v6e:2x4", (3072, 28, 24, 8, 8192, 128256), 8192, 16, {"fsdp": 8}, embeddings="tied"),
+}
+OTHERS = {
+    "tied": Setting("v5e:4x4", (2560, 20, 20, 4, 6912, 50304), 2048, 64, {"fsdp": 16}, embeddings="tied"),
+    "13b": Setting("v4:4x4x4", (5120, 40, 40, 40, 13824, 32000), 1024, 512, {"fsdp": 64}),
     "deep-pipeline": Setting(
         "v5p:4x4x8", (6144, 48, 48, 8, 24576, 64000), 4096, 512, {"fsdp": 32, "stage": 4, "microbatches": 8}
     ),
@@ -119,6 +120,30 @@ OTHERS = {
         "names",
         ("attention", *UPS),
         accumulation=2,
+    ),
+    "no-remat-wide": Setting("v5p:2x2x4", (3072, 12, 24, 24, 9216, 32000), 4096, 32, {"fsdp": 16}, "none"),
+    "context-16k": Setting("v5p:2x2x2", (3072, 16, 24, 8, 8192, 64000), 16384, 8, {"fsdp": 4, "context": 2}),
+    "tensor-context": Setting(
+        "v5p:2x4x4", (4096, 16, 32, 8, 11008, 32000), 8192, 32, {"fsdp": 8, "context": 2, "tensor": 2}
+    ),
+    "gemma-2b": Setting(
+        "v6e:4x4",
+        (2048, 18, 8, 1, 16384, 256000),
+        4096,
+        64,
+        {"fsdp": 16},
+        embeddings="tied",
+        activation="geglu",
+    ),
+    "attention-v6e": Setting(
+        "v6e:4x4",
+        (2560, 32, 20, 20, 10240, 50304),
+        4096,
+        64,
+        {"fsdp": 16},
+        "names",
+        ("attention",),
+        activation="gelu",
     ),
 }
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +58,7 @@ ABSTRACT = abstract(make_state(0))
 
 
 class Writer(Checkpoints):
-    def __init__(self, directory: Path, **config: int):
+    def __init__(self, directory: Path, **config: float):
         self.said: list[str] = []
         super().__init__(directory, CheckpointConfig(**config), ATTACHMENTS, self.said.append)
 
@@ -129,22 +130,40 @@ def test_arrays_may_be_donated_right_after_save(tmp_path: Path) -> None:
 def test_a_save_is_skipped_while_one_is_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finish, read = threading.Event(), checkpoint.Manifest.of
     monkeypatch.setattr(checkpoint.Manifest, "of", lambda *a: finish.wait(60) and read(*a))
-    monkeypatch.setattr(checkpoint, "PATIENCE_SECONDS", 0.1)
     writer = Writer(tmp_path)
     assert writer.save(make_state(1), 1)
-    assert not writer.save(make_state(2), 2)
+    assert writer.retry_due() is None
+    for step in 2, 3:
+        start = time.monotonic()
+        assert not writer.save(make_state(step), step)
+        assert time.monotonic() - start < 5
+        assert writer.retry_due() is None
     assert writer.said == ["step 2 is not saved: the save of step 1 is still going"]
     finish.set()
-    assert writer.save(make_state(3), 3, wait=True)
+    writer.wait()
+    assert writer.retry_due() == "a save was skipped"
+    assert writer.save(make_state(4), 4)
+    assert writer.retry_due() is None
+    assert writer.save(make_state(5), 5, wait=True)
     writer.close()
-    assert (steps(tmp_path), writer.last_good, writer.failures) == ([1, 3], 3, 0)
+    assert (steps(tmp_path), writer.last_good) == ([4, 5], 5)
+    assert writer.counts()["saves_skipped"] == 2
+    assert writer.retry_due() is None
+
+
+def test_a_save_may_wait_for_the_one_before(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, keep_last=5, patience_seconds=60)
+    for step in range(1, 6):
+        assert writer.save(make_state(step), step)
+    writer.wait()
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
 
 
 def test_every_flipped_bit_and_truncation_is_found_in_every_file(tmp_path: Path) -> None:
     Writer(tmp_path / "good").write(1, 2)
     names = [str(p.relative_to(tmp_path / "good" / "2")) for p in (tmp_path / "good" / "2").rglob("*")]
     files = sorted(name for name in names if (tmp_path / "good" / "2" / name).is_file())
-    assert {"manifest.json", "config.json", "tokenizer.model", "state/commit_success.txt"} <= set(files)
+    assert {"manifest.json", "config.json", "tokenizer.model", "state/_METADATA"} <= set(files)
     assert any("ocdbt" in name for name in files)
     for name in files:
         contents = (tmp_path / "good" / "2" / name).read_bytes()
@@ -183,7 +202,11 @@ def test_sound_files_with_other_arrays_are_found(tmp_path: Path) -> None:
     (folder / "state").rmtree()
     wrong = make_state(2)
     wrong.params["layers"]["w"] = wrong.params["layers"]["w"].at[0, 0].add(1)
-    checkpoint._start_writing(folder / "state", wrong).result()
+    writing = checkpoint.Writing(folder / "state", wrong)
+    (folder / "state").mkdir()
+    writing.begin()
+    writing.wait()
+    writing.finish()
     digest = dataclasses.replace(state_digest(wrong), digest=manifest.digest, leaves=manifest.leaves)
     files = {name: checkpoint.FileChecksum.of(folder / name) for name in checkpoint.file_sizes(folder)}
     checkpoint.Manifest.of(2, digest, files).write(folder)
@@ -273,9 +296,9 @@ def test_what_is_kept(tmp_path: Path) -> None:
 def test_a_newer_format_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = Writer(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("lm.checkpoint.manifest.FORMAT", 2)
+        patch.setattr("lm.checkpoint.manifest.FORMAT", 3)
         writer.write(1)
-    assert "has format 2, and 1 is the newest known" in str(list_checkpoints(tmp_path)[0].problem)
+    assert "has format 3, and 2 is the newest known" in str(list_checkpoints(tmp_path)[0].problem)
     with pytest.raises(StorageError, match="update lm"):
         writer.restore_newest(ABSTRACT)
     assert steps(tmp_path) == [1]
@@ -297,7 +320,7 @@ def test_a_state_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     state.params["norm"] = state.params["norm"].at[1].set(jnp.nan)
     assert writer.save(state, 2)
     writer.wait()
-    assert (steps(tmp_path), writer.last_good, writer.failures) == ([1], 1, 1)
+    assert (steps(tmp_path), writer.last_good, writer.counts()["saves_failed"]) == ([1], 1, 1)
     assert "the state is not finite: params/norm; the run goes on, the last good one is 1" in writer.said[0]
     assert not (tmp_path / "2").exists()
 
@@ -330,7 +353,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     big = {"w": jnp.arange(2**19, dtype=jnp.float32)}
     assert writer.save(big, 2)
     writer.wait()
-    assert writer.failures == 1
+    assert writer.counts()["saves_failed"] == 1
     assert len(writer.said) == 1
     assert "2 was not saved" in writer.said[0]
     assert "\n" not in writer.said[0]
@@ -348,8 +371,9 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
 def test_a_directory_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     writer = Writer(tmp_path / "checkpoints")
-    assert not writer.save(make_state(1), 1)
-    assert (writer.failures, len(writer.said)) == (1, 1)
+    writer.save(make_state(1), 1)
+    writer.wait()
+    assert (writer.counts()["saves_failed"], len(writer.said)) == (1, 1)
     assert "there is no older one" in writer.said[0]
 
 
@@ -357,6 +381,8 @@ KILLED_AT = {
     "arrays are being written": """
         state = {"w": jnp.zeros(2**24)}
         writer.save(state, 3)
+        while not os.path.exists(sys.argv[1] + "/3/state"):
+            pass
         die()
     """,
     "the manifest is to be written": """

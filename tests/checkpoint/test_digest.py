@@ -127,9 +127,9 @@ def test_other_types_are_refused(x: jax.Array) -> None:
 
 
 def test_index_of_more_than_32_bits_by_shape_only() -> None:
-    from lm.checkpoint.digest import _reduce
+    from lm.checkpoint.digest import reduce_to_lanes
 
-    sums, finite = jax.eval_shape(_reduce, jax.ShapeDtypeStruct((2**20, 2**20), jnp.bfloat16))
+    sums, finite = jax.eval_shape(reduce_to_lanes, jax.ShapeDtypeStruct((2**20, 2**20), jnp.bfloat16))
     assert (sums.shape, sums.dtype, finite.shape) == ((4,), jnp.uint32, ())
 
 
@@ -137,7 +137,7 @@ def test_sharding_changes_nothing_and_no_array_is_gathered() -> None:
     code = """
         import jax, jax.numpy as jnp
         from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-        from lm.checkpoint.digest import _lanes_and_finite, state_digest
+        from lm.checkpoint.digest import _program, state_digest
         w = jax.random.normal(jax.random.key(0), (64, 24, 128))
         x = {"w": w, "b": jnp.arange(16).astype(jnp.bfloat16)}
         expected = state_digest(x)
@@ -148,7 +148,7 @@ def test_sharding_changes_nothing_and_no_array_is_gathered() -> None:
                 y = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), x, specs)
                 with jax.set_mesh(mesh):
                     assert state_digest(y) == expected, (kind, spec)
-                compiled = _lanes_and_finite.lower(jax.tree.leaves(y)).compile()
+                compiled = _program(jax.tree.leaves(y))
                 assert compiled.memory_analysis().temp_size_in_bytes < x["w"].nbytes / 64
         assert jax.device_count() == 8
         print("same")

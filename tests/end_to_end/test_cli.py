@@ -195,9 +195,9 @@ def test_the_log_says_what_is_read_first(undisturbed: Path, stopped: Path) -> No
 
 
 def test_checkpoint_list(lm: Lm, undisturbed: Path) -> None:
-    rows = [line.split() for line in lm("checkpoint", "list", undisturbed).stdout.splitlines()]
-    assert rows[-1][0] == "12"
-    assert all(len(digest) == 64 and int(digest, 16) for _, digest in rows)
+    _, *rows = [line.split() for line in lm("checkpoint", "list", undisturbed).stdout.splitlines()]
+    assert rows[-1][:3] == ["12", "good", "durable"]
+    assert all(len(row[-1]) == 64 and int(row[-1], 16) for row in rows)
 
 
 def test_eval_is_repeatable_and_what_the_run_printed(lm: Lm, undisturbed: Path) -> None:
@@ -267,6 +267,10 @@ def test_help_is_there_for_every_verb(lm: Lm, capsys: pytest.CaptureFixture[str]
         "data stats",
         "data find",
         "checkpoint list",
+        "checkpoint verify",
+        "checkpoint show",
+        "checkpoint copy",
+        "checkpoint prune",
     ):
         with pytest.raises(SystemExit) as ended:
             main([*verb.split(), "--help"])

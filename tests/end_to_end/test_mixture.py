@@ -66,7 +66,7 @@ def digest(run: Path, step: int) -> str | None:
 
 
 def applied(run: Path, step: int) -> list[dict]:
-    return json.loads(read_attachment(run / "checkpoints", step, "data.json"))
+    return json.loads(read_attachment(run / "checkpoints", step, "data.json"))["data"]
 
 
 def test_a_change_on_the_way_is_the_change_that_was_planned(lm: Lm, place: Path, planned: Path, logged: Logged) -> None:

@@ -62,21 +62,21 @@ if "READ" in os.environ:
 if os.environ.get("SMALL_FILES") == me:
     import resource
     from lm.checkpoint import checkpoints as checkpoint
-    start, fail = checkpoint._start_writing, checkpoint.Checkpoints._fail
+    begin, fail = checkpoint.Writing.begin, checkpoint.Checkpoints._fail
 
     def limit(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    def start_and_fill_the_disk(path, state):
-        if path.parent.name == "6":
+    def begin_and_fill_the_disk(self):
+        if self._path.path.parent.name == "6":
             limit(100)
-        return start(path, state)
+        begin(self)
 
     def fail_and_make_room(self, folder, error):
         limit(resource.RLIM_INFINITY)
         fail(self, folder, error)
 
-    checkpoint._start_writing, checkpoint.Checkpoints._fail = start_and_fill_the_disk, fail_and_make_room
+    checkpoint.Writing.begin, checkpoint.Checkpoints._fail = begin_and_fill_the_disk, fail_and_make_room
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -19,6 +19,7 @@ from lm.checkpoint.checkpoints import list_checkpoints
 from lm.cli import main
 from lm.data.batches import Batches
 from lm.data.corpus import open_corpus
+from lm.train import provenance
 from lm.train.progress import Progress
 from lm.train.run_directory import RunDirectory
 
@@ -249,14 +250,14 @@ def test_a_last_state_that_cannot_be_saved_is_no_success(
     assert max(digests(copy)) == STOPPED_AT
 
 
-def test_divergence_leaves_good_checkpoints(in_workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--optim.learning_rate=1e30", "--train.max_bad_steps=4", "--optim.warmup_steps=0"]
+def test_divergence_from_the_start(in_workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--optim.learning_rate=1e30", "--recovery.max_bad_steps=4", "--optim.warmup_steps=0"]
     assert main(["train", "tiny.py", "--run.dir=diverged", *options]) == 4
     captured = capsys.readouterr()
     assert "step 3: loss or gradient not finite, not applied (4 in a row)" in captured.out
-    assert "diverged: 4 steps in a row were not finite, the last one step 3" in captured.err
-    assert [info.problem for info in list_checkpoints(in_workplace / "diverged" / "checkpoints")] == [None]
-    assert main(["eval", "diverged"]) == 0
+    assert "rewound to the start; goes on without the 4 batches that led to step 4" in captured.out
+    assert "diverged, and rewound 1 times (no checkpoint is older than step 0)" in captured.err
+    assert list_checkpoints(in_workplace / "diverged" / "checkpoints") == []  # nothing that was not applied is saved
 
 
 def test_nothing_is_compiled_once_training_is_under_way(in_workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,3 +280,27 @@ def test_nothing_is_compiled_once_training_is_under_way(in_workplace: Path, monk
         jax.monitoring.unregister_event_duration_listener(listen)
     assert sum("train_step" in name for name, _ in compiled) == 1
     assert [name for name, step in compiled if 1 <= step < 12] == []
+
+
+def test_other_code_and_versions_are_refused_unless_allowed(
+    copy: Path,
+    in_workplace: Path,
+    undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before, here = contents(copy), provenance.provenance()
+    other = {"code": here["code"] | {"lm/model/loss.py": "other"}, "versions": here["versions"] | {"jax": "99.1"}}
+    monkeypatch.setattr(provenance, "provenance", lambda: other)
+    assert main(["train", str(copy), "--allow", "code"]) == 2
+    error = capsys.readouterr().err
+    assert f"checkpoint {STOPPED_AT} was made by other versions than is here:" in error
+    assert f"jax: {here['versions']['jax']} -> 99.1" in error
+    assert error.endswith("add --allow versions\n")
+    assert contents(copy) == before
+    assert main(["train", str(copy), "--allow", "code", "--allow", "versions"]) == 0
+    said = capsys.readouterr().out
+    assert f"not as it was up to checkpoint {STOPPED_AT}: lm/model/loss.py: " in said
+    assert digests(copy)[12] == digests(undisturbed)[12]
+    monkeypatch.undo()
+    assert main(["train", str(copy), "--train.steps=12"]) == 2  # the checkpoint says what made it

@@ -1,15 +1,17 @@
 """The line between processes, with threads for processes: who is missing, who differs, and where all stop."""
 
 import random
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lm.errors import ConfigError, LostProcessError
+from lm.errors import ConfigError, HangError, LostProcessError
 from lm.parallel import processes
 from lm.parallel.link import Link, join
 from lm.parallel.processes import Processes
@@ -48,6 +50,14 @@ def address() -> str:
     return f"127.0.0.1:{free_port()}"
 
 
+def all_have_ended(codes: list[int]) -> None:
+    """Returns when the three processes have; the threads that would have to end hang in a collective."""
+    until = time.monotonic() + 20
+    while len(codes) < 3 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert set(codes) == {6}
+
+
 def links(address: str, count: int) -> list[Link]:
     return together(count, lambda index: join(Place(address, count, index), FACTS, 30, bind=address))
 
@@ -74,7 +84,13 @@ def test_a_process_alone_needs_nobody() -> None:
     assert alone.primary
     assert alone.gather("x", 1) == [1]
     assert alone.broadcast("x", 2) == alone.scatter("x", [2]) == 2
-    assert (alone.stop_before(3, None), alone.stop_before(4, "SIGTERM")) == (None, "SIGTERM")
+    assert alone.meet_before({"stop": None}) == {}
+    assert alone.meet_before({"stop": "SIGTERM", "save": None}) == {"stop": "SIGTERM"}
+    alone.note("phase", 1)
+    alone.note("phase", 2)
+    assert [(index, value) for index, (_, value) in alone.notes("phase").items()] == [(0, 2)]
+    assert alone.notes("nothing") == {}
+    assert alone.missing() == []
     alone.agree("data", {"fingerprint": "1"})
 
 
@@ -168,7 +184,8 @@ def test_all_stop_at_the_same_step(seed: int, address: str) -> None:
     def work(index: int) -> tuple[int, str | None]:
         rate = random.Random(f"{seed}/{index}")
         for step in range(100):
-            reason = found[index].stop_before(step, "SIGTERM" if index in asks and step >= 20 else None)
+            asked = "SIGTERM" if index in asks and step >= 20 else None
+            reason = found[index].meet_before({"stop": asked}).get("stop")
             if reason:
                 return step, reason
             begun[index] = step
@@ -182,6 +199,116 @@ def test_all_stop_at_the_same_step(seed: int, address: str) -> None:
     assert max(begun) == step - 1
     assert reason is not None
     assert any(reason.startswith(f"SIGTERM at process {index} on ") for index in asks)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_do_the_same_before_the_same_step(seed: int, address: str) -> None:
+    """Whatever is asked for, by whom, and how often."""
+    found = links(address, 3)
+    asked: list[dict[str, int]] = [{} for _ in range(3)]
+
+    def work(index: int) -> list[dict[str, str]]:
+        rate = random.Random(f"{seed}/{index}")
+        wanted: dict[str, str | None] = {"save": None, "stop": None, "else": None}
+        answers: list[dict[str, str]] = []
+        while len(answers) < 200:
+            for name in wanted:
+                if wanted[name] is None and rate.random() < (0.03 if len(answers) < 150 else 0):
+                    wanted[name] = f"{name} {len(answers)}"
+                    asked[index][name] = asked[index].get(name, 0) + 1
+            answers.append(found[index].meet_before(wanted))
+            wanted |= dict.fromkeys(answers[-1])
+            time.sleep(rate.uniform(0, 0.002))
+        assert not any(wanted.values()), wanted
+        return answers
+
+    results = together(3, work)
+    assert results[0] == results[1] == results[2]
+    for name in ("save", "stop", "else"):
+        times = sum(name in answer for answer in results[0])
+        assert 0 < max(one.get(name, 0) for one in asked) <= times <= sum(one.get(name, 0) for one in asked)
+
+
+def test_nobody_is_asked_and_nobody_waits(address: str) -> None:
+    first, second = links(address, 2)
+    assert [first.meet_before({"save": None}) for _ in range(1000)] == [{}] * 1000  # the other has not begun one
+    assert second.meet_before({"save": "now"}) == {}
+    assert first.meet_before({})["save"].startswith("now at process 1 on ")
+
+
+def test_the_newest_note_of_each_is_there(address: str) -> None:
+    found = links(address, 4)
+    began = time.monotonic()
+    together(4, lambda index: [found[index].note("phase", [index, k]) for k in range(index, 50)])
+    together(4, lambda index: found[index].gather("until here", None))  # what was sent before it has come
+    notes = found[0].notes("phase")
+    assert {index: value for index, (_, value) in notes.items()} == {index: [index, 49] for index in range(4)}
+    assert all(began <= when <= time.monotonic() for when, _ in notes.values())
+    assert found[1].notes("phase") == {}
+
+
+def test_who_did_not_come(address: str) -> None:
+    found = links(address, 3)
+    threads = [threading.Thread(target=lambda i=i: found[i].gather("read back", None), daemon=True) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 10
+    while len(lines := found[0].missing()) != 1 or lines[0].count("process") > 1:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert re.fullmatch(r"process 2 on .* has not come to 'gather/read back#1'", lines[0])
+    found[2].gather("read back", None)
+    for thread in threads:
+        thread.join(10)
+    assert found[0].missing() == []
+
+
+def test_a_hang_is_told_with_what_is_known_of_the_others(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr("lm.parallel.link.os._exit", codes.append)
+    monkeypatch.setattr("lm.parallel.link.ENDING_SECONDS", 0.2)
+    found = links(address, 3)
+    found[0].explain_hangs(lambda: ["process 2 was not heard of"])
+    results = together(
+        3, lambda i: found[1].end(HangError("no progress")) if i == 1 else found[i].gather("never complete", i)
+    )
+    all_have_ended(codes)
+    for error in (results[0], results[2]):
+        assert isinstance(error, LostProcessError)
+        assert str(error).startswith("process 1 on ")
+        assert str(error).endswith("has ended, and so does the run: no progress; process 2 was not heard of")
+        assert error.exit_code == 6
+
+
+@pytest.mark.parametrize(
+    ("address", "bound"),
+    [
+        ("127.0.0.1:7", "127.0.0.1:7"),
+        ("localhost:7", "localhost:7"),
+        ("[::1]:7", "[::1]:7"),
+        ("10.0.0.1:7", "[::]:7"),
+        ("a.b:7", "[::]:7"),
+    ],
+)
+def test_only_this_host_reaches_an_address_of_this_host(address: str, bound: str) -> None:
+    assert Place(address, 2, 0).bind == bound
+
+
+def test_the_hub_listens_where_it_is_told(address: str) -> None:
+    def work(index: int) -> Any:
+        if index == 0:
+            return join(Place(address, 2, 0), FACTS, 30)
+        time.sleep(0.5)
+        sockets = [line.split() for path in tables for line in path.read_text().splitlines()[1:]]
+        port = f":{int(address.rpartition(':')[2]):04X}"
+        listening = [fields[1] for fields in sockets if fields[1].endswith(port) and fields[3] == "0A"]
+        return listening, join(Place(address, 2, 1), FACTS, 30)
+
+    tables = [path for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.exists()]
+    if not tables:
+        pytest.skip("there is no /proc/net to see who listens")
+    _, (listening, _) = together(2, work)
+    assert [place.partition(":")[0] for place in listening] == ["0100007F"]
 
 
 def test_the_end_of_one_is_heard_by_all(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,10 +329,7 @@ def test_the_end_of_one_is_heard_by_all(address: str, monkeypatch: pytest.Monkey
         assert isinstance(error, LostProcessError)
         assert "process 2 on" in str(error)
         assert error.exit_code == 6
-    until = time.monotonic() + 20
-    while len(codes) < 3 and time.monotonic() < until:  # the threads that would have to end hang in a collective
-        time.sleep(0.05)
-    assert set(codes) == {6}
+    all_have_ended(codes)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,18 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from lm.chips import TPUS
 from lm.experiment import Config
+from lm.kernels.attention import Places
 from lm.model.config import ModelConfig
 from lm.model.flops import flops_per_token, parameter_count
+from lm.model.transformer import Block
 from lm.optim.config import OptimConfig
+from lm.parallel.layout import Layout
 from lm.parallel.mesh import AXES, MeshConfig, Rule, abstract_mesh
 from lm.plan.analytic import Work, count_work, predict
 from lm.plan.machine import Machine
@@ -131,15 +136,69 @@ def test_rotary_positions_are_products() -> None:
 
 
 def test_saved_results() -> None:
+    """A head of 64 takes 128 lanes."""
     tokens = 64 * 2048 / 8
     full = work({"fsdp": 8}, remat="full")
     assert full.saved == 8 * tokens * 512 * 2  # the residual stream
     names = work({"fsdp": 8}, remat="names", saved=("feed_forward_up",), offloaded=("query",))
     assert names.saved - full.saved == 8 * tokens * 1536 * 2
-    assert names.offloaded == 8 * tokens * 512 * 2
+    assert names.offloaded == 8 * tokens * 8 * 128 * 2
     split = work({"tensor": 4, "fsdp": 2}, remat="names", saved=("feed_forward_up",))
     assert split.saved == names.saved  # in the same parts of the sequence, or of the hidden layer
     assert work({"fsdp": 8}, remat="none").saved > names.saved
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "gelu_tanh", "squared_relu"])
+def test_without_recomputation_what_autodiff_keeps_is_saved(activation: str) -> None:
+    """The residuals of a layer's gradient as JAX traces it, besides weights and numbers of a whole row."""
+    model = ModelConfig(
+        layers=1, width=384, heads=4, head_dim=128, kv_heads=2, hidden=640, activation=activation, positions="none"
+    )
+    rows, length = 2, 256
+    graph, state = nnx.split(nnx.eval_shape(lambda: Block(model, jax.random.key(0), window=0)))
+
+    def residuals(state: Any, x: jax.Array, places: Places) -> Any:
+        def layer(state: Any, x: jax.Array) -> jax.Array:
+            return nnx.merge(graph, state)(x, places, Layout(platform="tpu"))[0]
+
+        return jax.vjp(layer, state, x)[1]
+
+    x = jax.ShapeDtypeStruct((rows, length, 384), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    kept = jax.tree.leaves(jax.eval_shape(residuals, state, x, Places(ids, ids)))
+    weights = {leaf.shape for leaf in jax.tree.leaves(state)}
+    of_tokens = [k for k in kept if k.size > rows * length and k.size % (rows * length) == 0 and k.shape not in weights]
+    # Products that read the same each have it; the compiler keeps one.
+    again = (2 + model.gated) * rows * length * 384 * 2
+    train = dataclasses.replace(BASE.train, batch_size=rows, sequence_length=length, remat="none")
+    config = dataclasses.replace(BASE, model=model, train=train, mesh=MeshConfig(fsdp=1))
+    found = count_work(config, config.mesh.sizes).saved
+    assert found == sum(leaf.size * leaf.dtype.itemsize for leaf in of_tokens) - again
+
+
+def test_the_gradient_of_queries_for_each_tile_of_keys() -> None:
+    """Of 2,048 at most: between 2,048 and 16,384 tokens, seven more for as many tokens; with a window, smaller ones."""
+    short, long = (on({"fsdp": 8}, batch_size=65536 * 8 // n, sequence_length=n) for n in (2048, 16384))
+    more = count_work(*long).kernel - count_work(*short).kernel
+    assert more == 7 * 65536 * 8 * 128
+    config, sizes = long
+    near = dataclasses.replace(config, model=dataclasses.replace(config.model, windows=(512,)))
+    assert count_work(near, sizes).kernel - count_work(config, sizes).kernel == (32 - 8) * 65536 * 8 * 128
+    split = work({"fsdp": 2, "context": 4}, batch_size=65536 * 8 // 16384, sequence_length=16384)
+    assert split.kernel == count_work(*long).kernel + 3 * 65536 * 4 * 4 * 128  # keys and values of whole sequences
+
+
+def test_what_else_is_there_with_a_layer() -> None:
+    tokens, table = 64 * 2048 / 8, 4096 * 512
+    found = work({"fsdp": 8}, remat="full")
+    assert found.copies == 8 * found.layer_weights / 8 * 2
+    assert count_work(*on({"fsdp": 8}), "cpu").copies == 0  # computed with as stored
+    assert found.loss_left == 4 * tokens * 4096 + 2 * tokens * 512  # one chunk: its logits, and what they are made of
+    assert work({"fsdp": 8}, batch_size=256).loss_left == 4 * table  # several: the sum of their gradients
+    assert work({"fsdp": 8}, batch_size=256, accumulation=4).loss_left == found.loss_left
+    assert found.moving == 0
+    offloaded = work({"fsdp": 8}, remat="names", offloaded=("query",))
+    assert offloaded.moving == 2 * tokens * (8 * 512 + 8 * 128)
 
 
 def test_what_goes_to_the_host_does_so_for_every_part_of_the_batch() -> None:

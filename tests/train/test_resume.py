@@ -30,7 +30,8 @@ def go_on(before: dict[str, str], after: dict[str, str], *, done: int) -> None:
         ("mesh.data", "4"),
         ("train.accumulation", "2"),
         ("train.remat", "full"),
-        ("train.max_bad_steps", "7"),
+        ("recovery.max_bad_steps", "7"),
+        ("recovery.rewinds", "7"),
         ("run.dir", "elsewhere"),
         ("data.dir", "elsewhere"),
         ("data.workers", "7"),
@@ -54,6 +55,7 @@ def test_what_does_not_change_the_result_may_change(key: str, text: str) -> None
         ("train.batch_size", "8"),
         ("train.sequence_length", "8"),
         ("train.z_loss", "0.1"),
+        ("recovery.spike_sigmas", "5"),
     ],
 )
 @pytest.mark.parametrize("done", [0, 50])  # a state with no step done is drawn from the seed already

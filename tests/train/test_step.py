@@ -19,6 +19,7 @@ from lm.optim.optimizer import paths
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.sharding import batch_sharding
 from lm.train.config import TrainConfig
+from lm.train.groups import gradient_groups
 from lm.train.state import TrainState, abstract_state, init_state
 from lm.train.step import Metrics, jit_train_step, make_eval_step, make_train_step
 
@@ -128,9 +129,14 @@ def test_metrics_are_what_their_names_say(once: tuple[TrainState, Metrics]) -> N
 
     change = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, after.params, before.params)
     assert metrics["grad_norm"] == pytest.approx(10 * norm(first_moments(after).values()), rel=1e-4)
+    by_group = dict(zip(gradient_groups(CONFIG), metrics["group_grad_norms"], strict=True))
+    for group, path in {"output": ("output",), "attention/key": ("layers", "0", "attention", "key")}.items():
+        assert by_group[group] == pytest.approx(10 * norm([first_moments(after)[path]]), rel=1e-4)
+    assert norm(by_group.values()) == pytest.approx(float(metrics["grad_norm"]), rel=1e-6)
     assert metrics["update_norm"] == pytest.approx(norm(jax.tree.leaves(change)), rel=1e-4)
     assert metrics["param_norm"] == pytest.approx(norm(jax.tree.leaves(after.params)), rel=1e-5)
-    assert all(value.dtype == jnp.float32 and value.shape == () for value in metrics.values())
+    assert all(value.dtype == jnp.float32 for value in metrics.values())
+    assert {name for name, value in metrics.items() if value.shape} == {"group_grad_norms"}
     sums = make_eval_step(CONFIG, ONE)(before.params, jax.device_put(batch))
     assert (float(sums.total), float(sums.weight)) == (pytest.approx(nll, rel=1e-5), weight)
     assert total > nll
@@ -153,7 +159,7 @@ def test_the_gradient_is_that_of_the_loss_with_its_z_term(once: tuple[TrainState
 def test_accumulation_changes_nothing(parts: int, once: tuple[TrainState, Metrics]) -> None:
     state, metrics = run(config(accumulation=parts), draw_state())
     for name, value in once[1].items():
-        assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
+        assert metrics[name] == pytest.approx(np.asarray(value), rel=1e-5), name
     assert_same_gradients(state, once[0])
 
 
@@ -175,7 +181,7 @@ def test_a_mesh_changes_nothing(mesh: dict[str, int], accumulation: int, once: t
     batch = jax.device_put(make_batch(0), batch_sharding(on))
     state, metrics = jit_train_step(cut, on)(state, batch)
     for name, value in once[1].items():
-        assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
+        assert metrics[name] == pytest.approx(np.asarray(value), rel=1e-5), name
     assert_same_gradients(state, once[0])
     for found, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
         assert found.sharding.is_equivalent_to(wanted, found.ndim)

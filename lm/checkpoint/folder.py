@@ -1,0 +1,74 @@
+"""Where checkpoints lie: a folder for each step, what is done with a whole one, and which of them count.
+
+A folder without a manifest is what a killed save, or a killed removal, left behind. One that is called `<step>.bad` was
+set aside: nothing reads it, and nothing here removes it.
+"""
+
+import re
+from collections.abc import Iterable
+
+from etils import epath
+
+from lm.checkpoint.manifest import NAME as MANIFEST
+from lm.files import is_url, reason
+
+STATE = "state"
+"""The folder of the arrays, in that of the checkpoint."""
+
+
+def saved_steps(directory: epath.Path) -> list[int]:
+    """Steps that were committed, in order."""
+    return [int(folder.name) for folder in _numbered(directory) if (folder / MANIFEST).exists()]
+
+
+def half_written(directory: epath.Path) -> list[epath.Path]:
+    """What killed saves left, and a save that is going on."""
+    return [folder for folder in _numbered(directory) if not (folder / MANIFEST).exists()]
+
+
+def names_set_aside(directory: epath.Path) -> list[str]:
+    """Names of the checkpoints that were set aside, oldest step first."""
+    if not directory.exists():
+        return []
+    found = [path.name for path in directory.iterdir() if re.fullmatch(r"\d+\.bad\d*", path.name)]
+    return sorted(found, key=lambda name: (int(name.partition(".")[0]), len(name), name))
+
+
+def set_aside(folder: epath.Path) -> str:
+    """Renames a checkpoint that is not to be used, and says how."""
+    names = (f"{folder.name}.bad{n}" for n in ("", *range(2, 1000)))
+    target = next(path for path in (folder.with_name(name) for name in names) if not path.exists())
+    try:
+        folder.rename(target)
+    except OSError as error:
+        return f"it could not be renamed: {reason(error)}"
+    return f"it is kept as {target.name}"
+
+
+def remove(folder: epath.Path) -> None:
+    (folder / MANIFEST).unlink(missing_ok=True)  # first: what a kill leaves then is no checkpoint
+    folder.rmtree(missing_ok=True)
+
+
+def to_prune(steps: Iterable[int], *, keep_last: int, keep_every: int, keep: int | None) -> list[int]:
+    """Which of the good ones (in order) are not kept: all but the newest, multiples of `keep_every`, and `keep`."""
+    return [step for step in list(steps)[:-keep_last] if step != keep and not (keep_every and step % keep_every == 0)]
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """Orbax takes no other local paths."""
+    return path if is_url(path) else path.absolute()
+
+
+def some(items: Iterable[str], separator: str = ", ") -> str:
+    """The first of them, for a message."""
+    first = list(items)
+    more = [f"and {len(first) - 3} more"] if len(first) > 3 else []
+    return separator.join(first[:3] + more)
+
+
+def _numbered(directory: epath.Path) -> list[epath.Path]:
+    if not directory.exists():
+        return []
+    folders = [path for path in directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name)]
+    return sorted(folders, key=lambda path: int(path.name))
