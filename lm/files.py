@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -27,6 +28,14 @@ def write_atomically(path: str | os.PathLike[str], contents: bytes) -> None:
             _replace_local(target, contents)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {reason(error)}") from error
+
+
+def write_unless_there(path: str | os.PathLike[str], contents: bytes) -> None:
+    """As `write_atomically`; a disk that is full does not matter when the file is as it should be already."""
+    with contextlib.suppress(Exception):  # storage libraries raise classes of their own beside OSError
+        if epath.Path(path).read_bytes() == contents:
+            return
+    write_atomically(path, contents)
 
 
 class AppendOnlyFile:
@@ -90,6 +99,8 @@ def is_url(path: epath.Path) -> bool:
 def reason(error: Exception) -> str:
     """One line for a failure of storage, whose libraries raise classes of their own and write pages."""
     text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    if number := re.search(r"\[os_error_code='(\d+)'\]", text):  # of tensorstore, at the end of a page
+        return os.strerror(int(number[1]))
     return text.splitlines()[0][:300]
 
 

@@ -17,7 +17,6 @@ the same directory is for the user to see to.
 
 import contextlib
 import dataclasses
-import os
 import sys
 import threading
 import time
@@ -30,6 +29,7 @@ from etils import epath
 
 from lm.checkpoint.config import CheckpointConfig
 from lm.checkpoint.digest import StateDigest, prepare_digest, start_digest
+from lm.checkpoint.ending import end_without
 from lm.checkpoint.folder import STATE, half_written, names_set_aside, remove, saved_steps, set_aside, some, to_prune
 from lm.checkpoint.listing import list_checkpoints as list_checkpoints
 from lm.checkpoint.listing import read_attachment as read_attachment
@@ -44,9 +44,6 @@ from lm.files import reason, write_atomically
 from lm.parallel.processes import ALONE, Processes
 
 T = TypeVar("T")
-
-EXIT_SECONDS = 5.0
-"""What a process that is done may still take to end by itself, when its last save hangs."""
 
 
 class Checkpoints:
@@ -154,7 +151,7 @@ class Checkpoints:
                 assert self._saving is not None
                 self._report(f"the save of step {self._saving.step} hangs, and is left behind")
                 error = sys.exc_info()[1]
-                _end_without(self._saving.thread, getattr(error, "exit_code", StorageError.exit_code))
+                end_without(self._saving.thread, getattr(error, "exit_code", StorageError.exit_code))
 
     def restore_newest(
         self, abstract_state: T, *, at_most: int | None = None, newer_than: int | None = None
@@ -358,27 +355,3 @@ class Checkpoints:
 class _Saving:
     step: int
     thread: threading.Thread
-
-
-def _end_without(thread: threading.Thread, code: int) -> None:
-    """Lets the process end although the thread, and others of Orbax that the interpreter waits for, may never."""
-
-    def end() -> None:
-        while not _main_thread_has_ended():
-            time.sleep(0.1)
-        thread.join(EXIT_SECONDS)
-        if thread.is_alive():
-            with contextlib.suppress(Exception):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
-
-    threading.Thread(target=end, daemon=True).start()
-
-
-def _main_thread_has_ended() -> bool:
-    """Whether it only waits for others. It counts as alive for so long, and may not be joined."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame is not None and frame.f_back is not None:
-        frame = frame.f_back
-    return frame is None or (frame.f_code.co_filename, frame.f_code.co_name) == (threading.__file__, "_shutdown")

@@ -63,7 +63,7 @@ def local_directory(config: CheckpointConfig, run_dir: str | PathLike[str], inde
 def steps_of_run(directory: epath.Path, run: str) -> list[int]:
     """Which steps of this run one process has, as far as small files tell."""
     found = []
-    for step in saved_steps(directory):
+    for step in _saved_steps(directory):
         with contextlib.suppress(StorageError, ValueError, KeyError, TypeError):
             if json.loads(read_attachment(directory, step, INDEX))["run"] == run:
                 found.append(step)
@@ -176,7 +176,7 @@ class LocalCheckpoints:
         if not self._on:
             return [], {}
         mine = []
-        for step in saved_steps(self.directory):
+        for step in _saved_steps(self.directory):
             try:
                 manifest, _ = self._read(step, abstract_state)
                 mine.append((step, manifest.digest, ""))
@@ -219,7 +219,7 @@ class LocalCheckpoints:
         """Removes those of later steps: the run goes on from this one in another way."""
         self._wait()
         self._whole = [whole for whole in self._whole if whole <= step]
-        self._remove([saved for saved in saved_steps(self.directory) if saved > step] if self._on else [])
+        self._remove([saved for saved in _saved_steps(self.directory) if saved > step] if self._on else [])
 
     def remove_all(self) -> None:
         """Gives the space back: a durable checkpoint of the last step is there."""
@@ -227,10 +227,11 @@ class LocalCheckpoints:
             return
         self._wait()
         self._whole = []
-        with contextlib.suppress(OSError):
-            self._remove(saved_steps(self.directory))
+        self._remove(_saved_steps(self.directory))
+        with contextlib.suppress(Exception):
             self.directory.rmtree(missing_ok=True)
-            self.directory.parent.rmdir()  # the last process of the host does
+        with contextlib.suppress(OSError):
+            os.rmdir(self.directory.parent)  # the last process of the host does
 
     def wait(self) -> None:
         """Returns when no save is going on any more."""
@@ -245,7 +246,7 @@ class LocalCheckpoints:
             self._thread.join(WAIT_SECONDS)
 
     def _remove(self, steps: Sequence[int]) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # epath raises others beside OSError
             for step in reversed(steps):
                 remove(self.directory / str(step))
 
@@ -294,7 +295,7 @@ class LocalCheckpoints:
         except LostProcessError:  # as if killed
             return
         except Exception as error:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 remove(folder)
             self._retries.failed(reason(error))
             if not self._failing:
@@ -326,6 +327,14 @@ class LocalCheckpoints:
         for name, contents in {**copied.attachments, INDEX: json.dumps(about).encode()}.items():
             (folder / name).write_bytes(contents)
         return Manifest.of(copied.step, digest, {name: FileChecksum.of(folder / name) for name in file_sizes(folder)})
+
+
+def _saved_steps(directory: epath.Path) -> list[int]:
+    """None where nothing can be read: saving will say what is wrong there."""
+    try:
+        return saved_steps(directory)
+    except OSError:
+        return []
 
 
 @dataclasses.dataclass(frozen=True)

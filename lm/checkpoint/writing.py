@@ -21,7 +21,7 @@ from lm.checkpoint.folder import absolute
 # Orbax logs a page for each failure that it also raises, and does not look at those after the first, of which asyncio
 # then logs a page each; what is raised is reported here in a line.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
-logging.getLogger("asyncio").addFilter(lambda record: "/orbax/checkpoint/" not in record.getMessage())
+logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 
 def _silence_late_ends(before: Callable[[Any], Any] = sys.unraisablehook) -> None:
@@ -38,6 +38,18 @@ def _silence_late_ends(before: Callable[[Any], Any] = sys.unraisablehook) -> Non
 
 
 _silence_late_ends()
+
+
+async def _await_path_creation(self: Any) -> None:
+    """In place of Orbax's, which looks twice at what another of its threads may have replaced in between."""
+    parent = self._parent_dir
+    if isinstance(parent, _Later):
+        there = await parent.await_creation()
+        self._path = there / self.name
+        self._parent_dir = there  # last: this is what the other thread looks at
+
+
+ocp.type_handlers.ParamInfo.await_path_creation = _await_path_creation
 
 
 class Writing:

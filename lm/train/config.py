@@ -78,8 +78,8 @@ class RecoveryConfig:
     """Times that it goes back to the last good checkpoint, and leaves out the batches since, before it ends. 0: never
     goes back."""
     verify_every: int = free(0)
-    """Steps from one that is computed twice and compared, bit by bit, to the next: lm/train/corruption.py. It costs that
-    step, and memory for a second state. 0: none."""
+    """Steps from one that is computed twice and compared, bit by bit, to the next: see lm/train/corruption.py. It costs
+    that step, and memory for a second state. 0: none."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if not 0 <= self.spike_sigmas < float("inf"):

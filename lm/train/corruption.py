@@ -3,7 +3,8 @@
 A step is computed twice by the same program, from the same state and batch, and what comes out is compared bit by bit,
 for each device on its own; then all copies of what several devices hold alike. What is compared are digests
 (lm/checkpoint/digest.py), 16 bytes for each array and device, which stay on the devices; the host reads two flags for
-each array, when it reads the metrics of the step. While it runs, the devices hold the state twice.
+each array, when it reads the metrics of the step. While it runs, the state is there twice, in the memory that it lies
+in; what lies in that of the host comes to the devices for its digest, as it does for a checkpoint's.
 
 It finds devices that are wrong now and then, and copies that have become different. It does not find a device that
 makes the same mistake twice in what no other device computes too.
@@ -150,8 +151,8 @@ class Verification:
 
 def _digest(mesh: Mesh, specs: Sequence[PartitionSpec]) -> Callable[[list[jax.Array]], jax.Array]:
     """Of the part of each array that a device holds: uint32 [devices, arrays, 4]."""
-    # A program without exchanges, apart from that which compares: in one that is told that an array is the same on
-    # all devices, the compiler may leave out what compares its copies.
+    # Without exchanges, and not one program with what compares: in a program that knows an array to be the same on all
+    # devices, a compiler may leave out what compares its copies.
     return jax.shard_map(
         lambda leaves: jnp.stack([reduce_to_lanes(x)[0] for x in leaves])[None],
         mesh=mesh,

@@ -31,7 +31,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lm import config as configs
-from lm.checkpoint.checkpoints import Checkpoints
+from lm.checkpoint.checkpoints import Checkpoints, list_checkpoints
 from lm.checkpoint.local import LocalCheckpoints, Restored, restore_newest
 from lm.data.batches import Batches, Evaluation
 from lm.data.corpus import build_corpus, manifest_files, open_corpus
@@ -40,7 +40,7 @@ from lm.data.reading import in_time, said_by
 from lm.data.report import report
 from lm.errors import ConfigError, DataError, DivergedError, Stopped, StorageError
 from lm.experiment import Config
-from lm.files import write_atomically
+from lm.files import write_unless_there
 from lm.model.flops import flops_per_token, parameter_count, peak_flops
 from lm.model.loss import Batch
 from lm.parallel.layout import layout_of
@@ -252,7 +252,7 @@ class _Run:
         self.durable = first if restored and restored.tier == "durable" else None
         self.take_data(self.noted_data(restored) if self.processes.primary else None)
         if self.processes.primary:
-            write_atomically(self.directory.config, attachments["config.json"])
+            write_unless_there(self.directory.config, attachments["config.json"])
         return first, state
 
     def draw(self) -> TrainState:
@@ -528,6 +528,10 @@ class _Run:
         self.checkpoints.wait()
         restored = None
         if attempt <= limit and at_most >= 0:
+            # Those that are made by step come first: others are there, or not, by chance.
+            found = list_checkpoints(self.directory.checkpoints) if self.processes.primary else []
+            due = [one.step for one in found if one.step <= at_most and self.checkpoints.due(one.step)]
+            at_most = self.processes.broadcast("rewind", max(due, default=at_most))
             restored = self.checkpoints.restore_newest(self.abstract, at_most=at_most)
             self.durable = restored and restored[0]
             if restored is None and self.checkpoints.last_good is None:

@@ -180,9 +180,9 @@ def test_a_checkpoint_of_the_same_step_is_never_written_over(tmp_path: Path) -> 
 HANGS = """
     import sys, threading, time
     import jax.numpy as jnp
-    from lm.checkpoint import checkpoints as checkpoint
+    from lm.checkpoint import checkpoints as checkpoint, ending
     from lm.errors import DivergedError, StorageError
-    checkpoint.EXIT_SECONDS = 0.5
+    ending.EXIT_SECONDS = 0.5
     checkpoint.Checkpoints._make = lambda *_: threading.Event().wait()
     config = checkpoint.CheckpointConfig(give_up_seconds=1)
     writer = checkpoint.Checkpoints(sys.argv[1], config, {}, print)

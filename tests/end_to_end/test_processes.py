@@ -80,6 +80,20 @@ if os.environ.get("SMALL_FILES") == me:
 sys.exit(main(sys.argv[1:]))
 """
 
+LOCAL_SAVES_ARE_WAITED_FOR = """
+from lm.checkpoint.checkpoints import Checkpoints
+from lm.checkpoint.local import LocalCheckpoints
+
+def waiting(save):
+    def save_and_wait(self, *arguments, **options):
+        started = save(self, *arguments, **options)
+        self.wait()
+        return started
+    return save_and_wait
+
+Checkpoints.save, LocalCheckpoints.save = waiting(Checkpoints.save), waiting(LocalCheckpoints.save)
+"""
+
 LAUNCH = """
 import json, sys
 from launch.local import run
@@ -276,6 +290,41 @@ def test_a_damaged_checkpoint_is_damaged_for_all(place: Place, two: Path) -> Non
     assert ended.stdout.count("checkpoint damaged/checkpoints/12 is bad and not used: ") == 1
     assert "[0] goes on from checkpoint 9\n" in ended.stdout
     assert digests(run)[12] == digests(two)[12]
+
+
+def test_a_local_tier_counts_when_all_processes_have_it(place: Place, two: Path) -> None:
+    run, local = place.folder / "local_tier", place.folder / "local_tier_of_hosts"
+    program = LOCAL_SAVES_ARE_WAITED_FOR + PROGRAM
+    options = ("--checkpoint.every=6", f"--checkpoint.local_dir={local}", "--checkpoint.local_seconds=1e-6")
+    command = ("train", "tiny.py", "--run.dir", str(run), *options)
+    place.launch(2, 2, *command, code=137, program=program, HAPPENS="1 10 9")
+    held, (folder,) = run.with_name("held"), local.iterdir()
+    steps = [{path.parent.name for path in folder.glob(f"process-{i}/*/manifest.json")} for i in range(2)]
+    done = max(map(int, steps[0] & steps[1]))
+    assert 6 < done < 10
+    shutil.copytree(run, held)
+    shutil.copytree(local, held / "local")
+
+    def again(lost: str | None, processes: int, devices: int) -> str:
+        for target, kept in ((run, held), (local, held / "local")):
+            shutil.rmtree(target)
+            shutil.copytree(kept, target)
+        shutil.rmtree(run / "local")
+        if lost:
+            shutil.rmtree(folder / lost)
+        return place.launch(processes, devices, *command, program=program).stdout
+
+    assert f"[0] goes on from local checkpoint {done}\n" in again(None, 2, 2)
+    assert digests(run)[12] == digests(two)[12]
+    assert not any(local.iterdir())
+    said = again("process-1", 2, 2)
+    assert f"[0] local checkpoint {done} is not used: process 1 on {socket.gethostname()}: it is not there\n" in said
+    assert "[0] goes on from checkpoint 6\n" in said
+    assert digests(run)[12] == digests(two)[12]
+    said = again(None, 4, 1)
+    problem = f"process 0 on {socket.gethostname()}: it is of another layout of arrays over processes and devices: "
+    assert f"[0] local checkpoint {done} is not used: {problem}" in said
+    assert "[0] goes on from checkpoint 6\n" in said
 
 
 @pytest.mark.parametrize(

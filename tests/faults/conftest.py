@@ -60,7 +60,8 @@ class FaultyDisk(Disk):
         self._server = subprocess.Popen([sys.executable, FAULTY_DISK, self.folder, path, self._rules])
         until = time.monotonic() + 60
         while not os.path.ismount(path):
-            assert self._server.poll() is None and time.monotonic() < until
+            assert self._server.poll() is None
+            assert time.monotonic() < until
             time.sleep(0.02)
         self.mounted = True
 

@@ -1,4 +1,4 @@
-"""`python faulty_disk.py FOLDER MOUNTED RULES`: a file system that shows a folder, and fails or waits where it is told to.
+"""`python faulty_disk.py FOLDER MOUNTED RULES`: a file system that shows a folder, and fails or waits where told to.
 
 RULES is a file with a JSON list, read at each operation; the first rule that fits decides:
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import mfusepy
+
 
 class FaultyDisk(mfusepy.Operations):
     use_ns = True

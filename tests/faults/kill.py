@@ -1,7 +1,7 @@
-"""`python tests/faults/kill.py --kills 500 [--seed 0] [--processes 2]`: runs that are killed, and go on, until they are done.
+"""`python tests/faults/kill.py --kills 500 [--seed 0] [--processes 2]`: runs that are killed, until they are done.
 
-Each run is a real `lm train` of a tiny config. Its process is killed by SIGKILL, started again, perhaps killed again, and
-so on until it ends by itself. Where it is killed is drawn from a seed:
+Each run is a real `lm train` of a tiny config. Its process is killed by SIGKILL, started again, perhaps killed again,
+and so on until it ends by itself. Where it is killed is drawn from a seed:
 
     moment   at any time of its life
     point    when a named function is entered, or has returned (POINTS)
@@ -47,7 +47,7 @@ POINTS = {
     "data open": "lm.train.loop:open_corpus",
     "restore": "lm.checkpoint.checkpoints:Checkpoints.restore_newest",
     "restore: load": "lm.checkpoint.checkpoints:load",
-    "config.json": "lm.train.loop:write_atomically",
+    "config.json": "lm.train.loop:write_unless_there",
     "metrics: cut": "lm.train.summaries:Summaries.__init__",
     "compile": "lm.train.loop:_Run.compile",
     "step": "lm.train.loop:_Run.run_steps",

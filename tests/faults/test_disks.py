@@ -1,12 +1,11 @@
-"""Real file systems that are full, cannot be written, fail or are slow: the run goes on, and loses nothing but saves."""
+"""Real file systems that are full, read-only, failing or slow: the run goes on, and loses nothing but saves."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from lm.checkpoint.checkpoints import list_checkpoints
 
@@ -22,8 +21,10 @@ def digests(run: Path) -> dict[int, str]:
 
 def test_full(small_disk: Disk, stopped: Path, undisturbed: Path, workplace: Path, logged: Logged, lm: Lm) -> None:
     run = Path(shutil.copytree(stopped, small_disk.path / "run"))
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace('"dir": "stopped"', f'"dir": "{run}"'))  # as it would be there
     filler = small_disk.path / "filler"
-    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
     said = Run(workplace, run).wait(code=5)
@@ -62,9 +63,10 @@ def test_errors_while_it_is_written(
     )
     run = faulty_disk.path / "run"
     said = Run(workplace, run).wait(code=0)
-    assert "checkpoints/3 was not saved: " in said
+    assert "checkpoints/3 was not saved: Input/output error; the run goes on, there is no older one" in said
     assert "checkpoints/6 was not saved: Input/output error; the run goes on, there is no older one" in said
     assert "checkpoints/9 was not saved: Read-only file system; the run goes on" in said
+    assert "never retrieved" not in said
     assert f"cannot write {run}/log.txt: Input/output error; the run goes on" in said
     assert digests(run) == {12: digests(undisturbed)[12]}
     assert logged(run) == logged(undisturbed)
@@ -81,10 +83,10 @@ def test_errors_while_it_is_read(
         {"on": ["open", "read"], "below": "run/data/train", "fails": "ENOENT"},
     )
     said = Run(workplace, run, "--data.stall_seconds=2").wait(code=3)
-    assert f"lm: {run}/data" in said
-    faulty_disk.rules({"on": ["read"], "below": "run/checkpoints/8/state", "fails": "EIO"})
-    said = Run(workplace, run).wait(code=0)
     assert "checkpoints/8 is bad and not used: " in said
+    assert f"lm: {run}/data" in said
+    faulty_disk.rules()
+    said = Run(workplace, run).wait(code=0)
     assert "goes on from checkpoint 6\n" in said
     assert digests(run)[12] == digests(undisturbed)[12]
     assert logged(run) == logged(undisturbed)
