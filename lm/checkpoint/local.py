@@ -11,7 +11,6 @@ is reported, counted, and tried again when the next is due.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -337,7 +336,7 @@ def _saved_steps(directory: epath.Path) -> list[int]:
         return []
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Copied:
     """A state on its way, or why it is not."""
 

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lm.checkpoint.folder import absolute
+from lm.files import is_url
 
 # Orbax logs a page for each failure that it also raises, and does not look at those after the first, of which asyncio
 # then logs a page each; what is raised is reported here in a line.
@@ -52,6 +53,9 @@ async def _await_path_creation(self: Any) -> None:
 ocp.type_handlers.ParamInfo.await_path_creation = _await_path_creation
 
 
+COMMITTED = "commit_success.txt"
+
+
 class Writing:
     """One save of this process's part of the arrays.
 
@@ -80,6 +84,8 @@ class Writing:
     def finish(self) -> None:
         """To be called by one of the processes, when all have written."""
         _handler().finalize(self._path.path)
+        if is_url(self._path.path):  # without it Orbax takes what is in a gs:// bucket for a save that was not ended
+            pass  # (self._path.path / COMMITTED).write_bytes(b"")
 
 
 class _Later:

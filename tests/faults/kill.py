@@ -152,6 +152,8 @@ def live(
 ) -> int:
     """Runs `lm` in this process, which is to be killed."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # with its parent
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(workplace)
     os.environ.update(where)
     import jax
@@ -521,6 +523,11 @@ def prepare(cache: Path, processes: int) -> None:
         importlib.import_module(name)
 
 
+def interrupted(number: int, _: object) -> None:
+    print(f"interrupted by {signal.Signals(number).name}; so far:", flush=True)
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="at least so many that are drawn")
@@ -536,7 +543,8 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder / "compiled", options.processes)
     began, table = time.monotonic(), Table()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupted)
     with contextlib.suppress(KeyboardInterrupt):
         harness = Harness(folder, options.processes)
         numbered = 0
