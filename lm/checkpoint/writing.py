@@ -85,7 +85,7 @@ class Writing:
         """To be called by one of the processes, when all have written."""
         _handler().finalize(self._path.path)
         if is_url(self._path.path):  # without it Orbax takes what is in a gs:// bucket for a save that was not ended
-            pass  # (self._path.path / COMMITTED).write_bytes(b"")
+            (self._path.path / COMMITTED).write_bytes(b"")
 
 
 class _Later:

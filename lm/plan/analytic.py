@@ -80,6 +80,8 @@ class Work:
 
     parameters: float
     """Bytes, as many as of their gradients."""
+    layer_parameters: float
+    """Of these, the layers'."""
     batch: float
     """Bytes of the rows that it is given."""
     item: int
@@ -96,7 +98,8 @@ class Work:
     layer_weights: float
     """Elements of one layer, gathered."""
     copies: float
-    """Bytes of what is stored of all layers' weights, cast once for all that gather them."""
+    """Bytes of what is stored and there once more: all layers' weights, cast for all that gather them; and tables with
+    their optimizer state in another layout, if the parts that are stored are not whole lanes wide."""
     feed_forward: float
     """Elements that the backward pass of a feed-forward layer has beside the residual stream, for one run."""
     kernel: float
@@ -107,11 +110,12 @@ class Work:
     """Of attention, for one run of a layer, where they are stored."""
     table: float
     """Elements of the output weights, gathered."""
+    transposed: bool
+    """Whether they are gathered in another layout than the products read."""
     logits: float
     """Elements computed at once."""
     loss_left: float
-    """Bytes of what the gradient of the output weights is, or is computed from, until the layers' backward pass has
-    ended: the compiler sums it over devices only then."""
+    """Bytes of the gradient of the output weights, or of what it is computed from, in the layers' backward pass."""
     layer_flops: float
     """Of the products of all layers, recomputation included, and of what a pipeline computes while it is idle."""
     loss_flops: float
@@ -179,8 +183,15 @@ def count_work(config: Config, sizes: dict[str, int], platform: str = "tpu") -> 
     passes = 3 + (train.remat != "none")
     loss_chunk = min(LOGITS_ON_ACCELERATORS, loss_tokens / train.accumulation * vocabulary)
     chunks = max(1.0, loss_tokens * vocabulary / loss_chunk)
+    relaid = 0.0
+    if platform == "tpu" and (columns := model.width // parts["embed"]) % LANES:
+        relaid = (1 + (model.embeddings == "untied")) * 3 * F32 * vocabulary * -(-columns // LANES) * LANES
+    scattered = F32 * vocabulary * model.width / (parts["embed"] if _scatters_early(config, sizes, table) else 1)
+    # In one chunk, the product that gives the gradient waits as well, and what it is made of.
+    operands = F32 * loss_chunk + item * loss_tokens / train.accumulation * model.width
     return Work(
         parameters=parameters,
+        layer_parameters=parameters - tables,
         batch=rows * train.sequence_length * 5 * 4,
         item=item,
         saved=item * ((saved * tokens + (scores if train.remat == "none" else 0)) * layers * runs + flow * stream),
@@ -188,16 +199,15 @@ def count_work(config: Config, sizes: dict[str, int], platform: str = "tpu") -> 
         moving=item * (stream * layers * runs + offloaded * tokens) if offloaded else 0.0,
         carried=item * offloaded * tokens * times,
         layer_weights=layer_weights,
-        copies=item * matrices if item < F32 else 0.0,
+        copies=(item * matrices if item < F32 else 0.0) + relaid,
         feed_forward=tokens * feed_forward,
         kernel=tokens * kernel,
         hidden=stream,
         scores=scores,
         table=vocabulary * model.width,
+        transposed=relaid > 0,
         logits=loss_chunk,
-        loss_left=F32 * vocabulary * model.width
-        if chunks > train.accumulation
-        else F32 * loss_chunk + item * loss_tokens / train.accumulation * model.width,
+        loss_left=scattered if chunks > train.accumulation else operands,
         layer_flops=layer_flops,
         loss_flops=loss_flops,
         attention_flops=attention,
@@ -207,6 +217,16 @@ def count_work(config: Config, sizes: dict[str, int], platform: str = "tpu") -> 
             _exchanges(config, sizes, table, item, times, tokens, layer_weights, vocabulary, parameters, tables)
         ),
     )
+
+
+def _scatters_early(config: Config, sizes: dict[str, int], table: dict[str, tuple[str, ...]]) -> bool:
+    """Whether the gradient of the output weights is summed over devices before the layers' backward pass.
+
+    As a rule the compiler puts that after it. It was seen before where the look-up of the embedding adds to the same
+    gradient, and a reduce-scatter is what it becomes: over one axis, into parts that are whole lanes wide.
+    """
+    over = [sizes[axis] for axis in table["embed"] if sizes[axis] > 1]
+    return config.model.embeddings == "tied" and len(over) == 1 and config.model.width // math.prod(over) % LANES == 0
 
 
 @functools.cache
@@ -376,17 +396,18 @@ def _memory(config: Config, machine: Machine, work: Work) -> MemoryUse:
     n = machine.chip.devices
     on_host = config.train.optimizer_memory == "host"
     optimizer = 2 * work.parameters
-    loss = LOSS_STREAM * work.item * work.hidden + (work.item + F32) * work.table + LOGITS * work.logits
+    gathering = work.item * work.table if work.transposed else 0.0
+    loss = LOSS_STREAM * work.item * work.hidden + (work.item + F32) * work.table + max(F32 * work.logits, gathering)
     # Of weights: gathered ones in one place; in the other, gradients that are not summed over devices yet.
     feed_forward = work.item * (work.feed_forward + work.layer_weights)
     attention = work.item * work.kernel + F32 * (work.layer_weights + SCORES * work.scores)
-    layer = work.parameters + work.loss_left + STREAM * work.item * work.hidden + max(feed_forward, attention)
+    layer = work.layer_parameters + work.loss_left + STREAM * work.item * work.hidden + max(feed_forward, attention)
     accumulated = work.parameters * (config.train.accumulation > 1)
     held = work.parameters + (0 if on_host else optimizer) + work.batch
     # The update has all of the optimizer's state on the device, and some of it twice where it came from the host.
     update = (5.5 if on_host else 5.0) * work.parameters
     total = max(held + accumulated + work.saved + work.copies + work.moving + max(loss, layer), update)
-    gradients = accumulated + (work.parameters if layer > loss else 0)
+    gradients = accumulated + (work.layer_parameters if layer > loss else 0)
     return MemoryUse(
         parameters=round(work.parameters * n),
         optimizer=0 if on_host else round(optimizer * n),
@@ -454,10 +475,9 @@ def _traffic(machine: Machine, sizes: dict[str, int], exchanges: tuple[Exchange,
 
 # Fitted to compiled programs: see tests/benchmarks/plan_accuracy.py
 
-LOSS_STREAM, LOGITS = 3.0, 5.0
-STREAM, SCORES = 6.0, 3.0
-"""Of memory: bytes for each logit; how many times the residual stream, with the loss or in the backward pass of a
-layer, and the scores are there at the same time."""
+LOSS_STREAM, STREAM, SCORES = 3.0, 6.0, 3.0
+"""Of memory: how many times the residual stream, with the loss or in the backward pass of a layer, and the scores are
+there at the same time."""
 HIDDEN_KEPT = {"gelu": 2.0, "squared_relu": 3.5, "gelu_tanh": 6.0, "swiglu": 6.0, "geglu": 8.0}
 """Arrays of the size of the hidden layer that autodiff keeps of it, itself included, where nothing is recomputed."""
 

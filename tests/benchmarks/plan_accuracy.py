@@ -103,9 +103,28 @@ TUNED = {
     "context": Setting("v5p:2x2x4", (2048, 12, 16, 8, 8192, 32000), 32768, 4, {"fsdp": 4, "context": 4}),
     "long": Setting("v5p:4x4x4", (4096, 32, 32, 8, 14336, 32000), 65536, 16, {"fsdp": 16, "context": 4}),
     "3b": Setting("v6e:2x4", (3072, 28, 24, 8, 8192, 128256), 8192, 16, {"fsdp": 8}, embeddings="tied"),
+    "tied": Setting("v5e:4x4", (2560, 20, 20, 4, 6912, 50304), 2048, 64, {"fsdp": 16}, embeddings="tied"),
+    "gemma-2b": Setting(
+        "v6e:4x4",
+        (2048, 18, 8, 1, 16384, 256000),
+        4096,
+        64,
+        {"fsdp": 16},
+        embeddings="tied",
+        activation="geglu",
+    ),
+    "7b": Setting("v5p:2x2x4", (4096, 32, 32, 32, 11008, 128000), 4096, 64, {"fsdp": 16}),
+    "vocabulary": Setting(
+        "v5e:4x8",
+        (2048, 24, 16, 4, 8192, 256000),
+        2048,
+        128,
+        {"fsdp": 32},
+        embeddings="tied",
+        activation="gelu_tanh",
+    ),
 }
 OTHERS = {
-    "tied": Setting("v5e:4x4", (2560, 20, 20, 4, 6912, 50304), 2048, 64, {"fsdp": 16}, embeddings="tied"),
     "13b": Setting("v4:4x4x4", (5120, 40, 40, 40, 13824, 32000), 1024, 512, {"fsdp": 64}),
     "deep-pipeline": Setting(
         "v5p:4x4x8", (6144, 48, 48, 8, 24576, 64000), 4096, 512, {"fsdp": 32, "stage": 4, "microbatches": 8}
@@ -126,15 +145,6 @@ OTHERS = {
     "tensor-context": Setting(
         "v5p:2x4x4", (4096, 16, 32, 8, 11008, 32000), 8192, 32, {"fsdp": 8, "context": 2, "tensor": 2}
     ),
-    "gemma-2b": Setting(
-        "v6e:4x4",
-        (2048, 18, 8, 1, 16384, 256000),
-        4096,
-        64,
-        {"fsdp": 16},
-        embeddings="tied",
-        activation="geglu",
-    ),
     "attention-v6e": Setting(
         "v6e:4x4",
         (2560, 32, 20, 20, 10240, 50304),
@@ -145,6 +155,10 @@ OTHERS = {
         ("attention",),
         activation="gelu",
     ),
+    "no-remat-geglu": Setting(
+        "v6e:2x4", (1536, 16, 12, 4, 6144, 64000), 2048, 32, {"fsdp": 8}, "none", activation="geglu"
+    ),
+    "1b": Setting("v5p:2x2x2", (2048, 24, 16, 8, 8192, 100352), 8192, 16, {"fsdp": 8}),
 }
 
 

@@ -124,8 +124,8 @@ def memory() -> Iterator[fsspec.AbstractFileSystem]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "WAITS", (0.05, 0.1))
-    monkeypatch.setattr(remote, "READ_SECONDS", 0.5)
-    monkeypatch.setattr(remote, "LIST_SECONDS", 0.5)
+    monkeypatch.setattr(remote, "READ_SECONDS", 1.5)
+    monkeypatch.setattr(remote, "LIST_SECONDS", 1.5)
 
 
 def texts(*paths: str, limit: int | None = None) -> list[str]:

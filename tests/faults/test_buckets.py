@@ -25,6 +25,11 @@ from lm.checkpoint.config import CheckpointConfig
 def checkpoints():
     return Checkpoints("gs://bucket/run/checkpoints", CheckpointConfig(every=1), {"config.json": b"{}"}, print)
 
+def fail(*error):
+    sys.__excepthook__(*error)
+    os._exit(1)  # the emulator would go on
+
+sys.excepthook = fail
 state = {"a": jnp.arange(10.0), "step": jnp.int32(1)}
 abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 saving = checkpoints()

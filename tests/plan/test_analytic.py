@@ -191,11 +191,22 @@ def test_the_gradient_of_queries_for_each_tile_of_keys() -> None:
 def test_what_else_is_there_with_a_layer() -> None:
     tokens, table = 64 * 2048 / 8, 4096 * 512
     found = work({"fsdp": 8}, remat="full")
-    assert found.copies == 8 * found.layer_weights / 8 * 2
+    assert found.layer_parameters == found.parameters - 4 * (2 * table / 8 + 512)  # and the last norm
+    relaid = 2 * 3 * 4 * 4096 * 128  # of both tables and their optimizer state, where the 64 columns stored are padded
+    assert found.copies == 8 * found.layer_weights / 8 * 2 + relaid
+    assert found.transposed
+    assert not work({"fsdp": 4}).transposed
+    assert work({"fsdp": 4}).copies == 8 * found.layer_weights / 4 * 2
     assert count_work(*on({"fsdp": 8}), "cpu").copies == 0  # computed with as stored
     assert found.loss_left == 4 * tokens * 4096 + 2 * tokens * 512  # one chunk: its logits, and what they are made of
     assert work({"fsdp": 8}, batch_size=256).loss_left == 4 * table  # several: the sum of their gradients
     assert work({"fsdp": 8}, batch_size=256, accumulation=4).loss_left == found.loss_left
+    tied = dataclasses.replace(BASE.model, embeddings="tied")
+    for sizes, left in (({"fsdp": 8}, 4 * table), ({"fsdp": 4}, table), ({"fsdp": 2, "context": 2}, 4 * table)):
+        # Scattered before the layers where that is into parts of 128 columns, over one axis.
+        config, counts = on(sizes, batch_size=256)
+        assert count_work(dataclasses.replace(config, model=tied), counts).loss_left == left
+        assert count_work(config, counts).loss_left == 4 * table
     assert found.moving == 0
     offloaded = work({"fsdp": 8}, remat="names", offloaded=("query",))
     assert offloaded.moving == 2 * tokens * (8 * 512 + 8 * 128)
