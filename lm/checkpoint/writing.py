@@ -8,6 +8,7 @@ and writes, and tells it by itself when it may write.
 import asyncio
 import functools
 import logging
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -22,7 +23,8 @@ from lm.files import is_url
 # Orbax logs a page for each failure that it also raises, and does not look at those after the first, of which asyncio
 # then logs a page each; what is raised is reported here in a line.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
-logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+_LATE = re.compile("exception was never retrieved|Task was destroyed but it is pending")
+logging.getLogger("asyncio").addFilter(lambda record: not _LATE.search(record.getMessage()))
 
 
 def _silence_late_ends(before: Callable[[Any], Any] = sys.unraisablehook) -> None:

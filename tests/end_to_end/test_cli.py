@@ -42,7 +42,16 @@ def error(in_workplace: Path, capsys: pytest.CaptureFixture[str]) -> Error:
 
 def test_the_run_directory_holds_what_it_should(undisturbed: Path) -> None:
     names = {path.name for path in undisturbed.iterdir()}
-    assert names == {".lock", "checkpoints", "config.json", "data", "log.txt", "metrics.jsonl", "tensorboard"}
+    assert names == {
+        ".lock",
+        "checkpoints",
+        "config.json",
+        "data",
+        "journal.jsonl",
+        "log.txt",
+        "metrics.jsonl",
+        "tensorboard",
+    }
     assert json.loads((undisturbed / "config.json").read_text())["train"]["steps"] == 12
     log = (undisturbed / "log.txt").read_text()
     assert "step 12/12  loss " in log

@@ -83,7 +83,7 @@ def test_a_bad_config_is_said_once(workplace: Path) -> None:
 
 
 def test_the_limit(faulty: Callable[..., dict[str, str]], workplace: Path) -> None:
-    command = ("--run.dir", "hopeless", "--checkpoint.every", "100", "--restarts", "1")
+    command = ("--run.dir", "killed_in_vain", "--checkpoint.every", "100", "--restarts", "1")
     ended = supervise(workplace, *command, environment=faulty(2, 2, 2, 2), code=137)
     assert (
         ended.stderr.splitlines()[-1]
