@@ -188,7 +188,8 @@ class Hub(threading.Thread):
             case ["bye"]:
                 peer.left = True
                 if all(other.left for other in self._peers.values()):
-                    for other in list(self._peers.values()):
+                    # last to this process, which ends then, and with it what the others have not heard
+                    for other in sorted(self._peers.values(), key=lambda peer: peer is self._own):
                         self._send(other, ["bye"])
 
     def _pass_on(self, name: str) -> None:

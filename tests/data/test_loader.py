@@ -171,7 +171,7 @@ class Mistaken:
 def test_a_mistake_is_not_said_to_be_of_the_data(
     workers: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # where the process finds Mistaken
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where the process finds Mistaken
     with pytest.raises(error, match="step 0"), Loader(Mistaken(), range(3), workers=workers) as loader:
         next(loader)
 

@@ -13,6 +13,7 @@ import pytest
 
 from lm.errors import ConfigError, HangError, LostProcessError
 from lm.parallel import processes
+from lm.parallel.hub import Hub
 from lm.parallel.link import Link, join
 from lm.parallel.processes import Processes
 from lm.parallel.wire import Place
@@ -234,6 +235,25 @@ def test_nobody_is_asked_and_nobody_waits(address: str) -> None:
     assert [first.meet_before({"save": None}) for _ in range(1000)] == [{}] * 1000  # the other has not begun one
     assert second.meet_before({"save": "now"}) == {}
     assert first.meet_before({})["save"].startswith("now at process 1 on ")
+
+
+def test_process_0_leaves_when_all_others_have_heard_it(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it goes the hub: what it had not told yet would look like its sudden end."""
+    send = Hub._send
+
+    def slowly(hub: Hub, peer: Any, message: Any) -> None:
+        time.sleep(0.2 if message == ["bye"] else 0)
+        send(hub, peer, message)
+
+    monkeypatch.setattr(Hub, "_send", slowly)
+    found = links(address, 3)
+
+    def work(index: int) -> float:
+        found[index].leave()
+        return time.monotonic()
+
+    left = together(3, work)
+    assert left[0] > max(left[1:]) + 0.1
 
 
 def test_the_newest_note_of_each_is_there(address: str) -> None:
