@@ -389,7 +389,7 @@ def _data_tokenizer(options: argparse.Namespace) -> None:
     from etils import epath
 
     from lm.data.fertility import report
-    from lm.data.files import write_atomically
+    from lm.files import write_atomically
 
     tokenizer = report(_load(options).data, print)
     if options.out is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import re
 import threading
 from collections.abc import Callable
@@ -25,6 +26,7 @@ def write_atomically(path: str | os.PathLike[str], contents: bytes) -> None:
         if is_url(target):
             target.write_bytes(contents)  # a bucket shows an object only when it is complete
         else:
+            target.parent.mkdir(parents=True, exist_ok=True)
             _replace_local(target, contents)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {reason(error)}") from error
@@ -91,9 +93,9 @@ class AppendOnlyFile:
                     )
 
 
-def is_url(path: epath.Path) -> bool:
-    """Whether the path is of a bucket."""
-    return "://" in str(path)
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether the path is a URL such as gs://bucket/file."""
+    return "://" in os.fspath(path)
 
 
 def reason(error: Exception) -> str:
@@ -206,8 +208,9 @@ class _BucketFile:
 
 
 def _replace_local(target: epath.Path, contents: bytes) -> None:
-    # Not named after the target: TensorBoard reads every file with "tfevents" in its name.
-    temporary = target.with_name(f".{os.getpid()}.{threading.get_ident()}.tmp")
+    # Not named after the target: TensorBoard reads every file with "tfevents" in its name. Machines may share a folder,
+    # and their processes have the same numbers in containers.
+    temporary = target.with_name(f".{threading.get_ident()}.{platform.node()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(contents)

@@ -17,7 +17,7 @@ LAYERS: dict[str, set[str]] = {
     "files": {"errors"},
     "kernels": set(),
     "model": {"chips", "kernels", "parallel", "config", "errors"},
-    "data": {"config", "errors"},
+    "data": {"files", "config", "errors"},
     "optim": {"config", "errors"},
     "parallel": {"config", "errors"},
     "generate": {"parallel", "model", "kernels", "data", "config", "errors"},

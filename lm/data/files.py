@@ -1,4 +1,4 @@
-"""Local paths and bucket URLs alike, and files that are there whole or not at all."""
+"""Files of a corpus while it is built, by several processes and machines at once; local paths and bucket URLs alike."""
 
 from __future__ import annotations
 
@@ -18,33 +18,9 @@ from etils import epath
 
 from lm.data.remote import opened
 from lm.errors import StorageError
+from lm.files import is_url, write_atomically
 
 LOCK = "build.lock"
-
-
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether the path is a URL such as gs://bucket/file."""
-    return "://" in os.fspath(path)
-
-
-def write_atomically(path: epath.Path, data: bytes) -> None:
-    """Writes a small file so that a reader, also after a crash, sees all of it or nothing.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if is_remote(path):
-            path.write_bytes(data)  # an object appears when its upload is complete
-            return
-        temporary = temporary_for(path)
-        temporary.write_bytes(data)
-        publish(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # a full disk needs the room
-            temporary_for(path).unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def write_json(path: epath.Path, content: dict[str, Any]) -> None:
@@ -55,14 +31,14 @@ def write_json(path: epath.Path, content: dict[str, Any]) -> None:
 def temporary_for(path: epath.Path) -> Path:
     """A local file to write what `publish` will then put at `path`."""
     name = f"{path.name}.{platform.node()}.{os.getpid()}.tmp"  # machines may share a folder
-    if is_remote(path):
+    if is_url(path):
         return Path(tempfile.gettempdir()) / name
     return Path(os.fspath(path)).with_name(name)
 
 
 def remove_abandoned(folder: epath.Path) -> None:
     """Removes, below a local folder, what `temporary_for` named in processes of this machine that are gone."""
-    if is_remote(folder):
+    if is_url(folder):
         return
     for path in Path(os.fspath(folder)).rglob(f"*.{platform.node()}.*.tmp"):
         process = path.name.split(".")[-2]
@@ -82,7 +58,7 @@ def _is_alive(process: int) -> bool:
 
 def publish(temporary: Path, path: epath.Path) -> None:
     """Moves a finished local file to its final place, which may be in a bucket."""
-    if is_remote(path):
+    if is_url(path):
         epath.Path(temporary).copy(path, overwrite=True)
         temporary.unlink()
         return
@@ -103,7 +79,7 @@ def sole_writer(
     Raises:
         StorageError: the folder cannot be written.
     """
-    if is_remote(folder):
+    if is_url(folder):
         yield
         return
     path = Path(os.fspath(folder)) / name
@@ -111,7 +87,7 @@ def sole_writer(
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")  # NFS wants what is locked by several to be open for reading
     except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with file:
         try:
@@ -133,7 +109,7 @@ def local_copy(path: epath.PathLike, size: int, digest: str) -> str:
         DataError: the file in the bucket cannot be read.
         OSError: there is no room for the copy.
     """
-    if not is_remote(path):
+    if not is_url(path):
         return os.fspath(path)
     name = hashlib.sha256(f"{path}\0{digest}".encode()).hexdigest()[:32]
     copy = Path(tempfile.gettempdir()) / f"lm-data-{os.getuid()}" / name

@@ -100,7 +100,7 @@ class ShardWriter:
             files.write_atomically(lengths_file(self._path), np.array(self._lengths, "<u4").tobytes())
             files.publish(self._temporary, self._path)
         except (RuntimeError, OSError) as error:
-            raise StorageError(f"{self._path}: cannot be written: {error}") from None
+            raise StorageError(f"cannot write {self._path}: {error}") from None
         return Shard(self._path.name, size=size, sha256=self._digest.hexdigest(), **self._totals)
 
     def _flush(self) -> None:
@@ -112,7 +112,7 @@ class ShardWriter:
         try:
             self._file.write(record)
         except (RuntimeError, OSError) as error:
-            raise StorageError(f"{self._path}: cannot be written: {error}") from None
+            raise StorageError(f"cannot write {self._path}: {error}") from None
         self._totals["records"] += 1
         self._filled = 0
         self._starts = []

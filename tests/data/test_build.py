@@ -335,7 +335,7 @@ def test_built_data_that_cannot_be_written_is_used_with_new_copies_of_its_source
     os.utime(tmp_path / "corpus" / "03.txt", ns=(1, 1))
 
     def read_only(path: epath.Path, content: dict[str, Any]) -> None:
-        raise StorageError(f"{path}: cannot be written: Read-only file system")
+        raise StorageError(f"cannot write {path}: Read-only file system")
 
     monkeypatch.setattr(files, "write_json", read_only)
     assert build(corpus, tmp_path / "data", quiet) == first
@@ -475,7 +475,7 @@ def test_another_size_of_parts_does_not_make_built_data_useless(
 
 def test_what_cannot_be_written(corpus: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot write "):
         build(corpus, tmp_path / "file" / "data", quiet)
 
 

@@ -216,24 +216,31 @@ def test_bands() -> None:
 
 
 KILLED = """
-import os, pathlib, signal, sys
+import os, signal, sys
+from lm import files as writing
 from lm.data import build, files, plan
 from lm.data.config import DataConfig, TokenizerConfig
 
 plan.MIN_PART_BYTES = 20_000
-write, publish, calls = pathlib.Path.write_bytes, files.publish, 0
-def write_or_die(path, data):
+replace, publish, sync, calls = writing._replace_local, files.publish, os.fsync, 0
+def due():
+    return calls == int(sys.argv[3])
+def sync_or_die(file):
+    if due() and calls % 2:  # in the middle of a file
+        os.ftruncate(file, os.fstat(file).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(file)
+def replace_and_die(target, contents):
     global calls
     calls += 1
-    if calls == int(sys.argv[3]) and calls % 2:  # in the middle of a file
-        write(path, data[:len(data) // 2])
+    replace(target, contents)
+    if due():
         os.kill(os.getpid(), signal.SIGKILL)
-    write(path, data)
 def publish_and_die(temporary, path):
     publish(temporary, path)
-    if calls == int(sys.argv[3]):
+    if due():
         os.kill(os.getpid(), signal.SIGKILL)
-pathlib.Path.write_bytes, files.publish = write_or_die, publish_and_die
+writing._replace_local, files.publish, os.fsync = replace_and_die, publish_and_die, sync_or_die
 tokenizer = TokenizerConfig("bytes")
 config = DataConfig((sys.argv[1],), holdout_fraction=0.1, workers=1, tokenizer=tokenizer, duplicates="near")
 build.build(config, sys.argv[2], print)

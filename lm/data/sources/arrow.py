@@ -11,12 +11,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from lm.data.files import is_remote
 from lm.data.remote import opened
 from lm.data.sources import columns
 from lm.data.sources.selection import Selection
 from lm.data.sources.stored import Document, File, Hash, Piece, cut_at, stored_blocks, whole
 from lm.errors import DataError
+from lm.files import is_url
 
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 DESCRIPTIONS = {"state.json", "dataset_info.json"}
@@ -43,7 +43,7 @@ def saved_files(folder: str, names: list[str]) -> list[str]:
 
 
 def cut(file: File, limit: int) -> list[Piece]:
-    if is_remote(file.path):  # finding where batches begin would read all of it
+    if is_url(file.path):  # finding where batches begin would read all of it
         return [whole(file)]
     with _opened(file) as (source, reader):
         return cut_at(file, (start for start, _ in _batches(file, source, reader)), limit)
@@ -62,7 +62,7 @@ def _opened(file: File) -> Iterator[tuple[Any, Any]]:
     """The file and a reader of it, which touches only what is used of a local file."""
     lib, ipc = (columns.pyarrow(module, file.name) for module in ("lib", "ipc"))
     with columns.reading(file.name, "Arrow stream"), contextlib.ExitStack() as stack:
-        if is_remote(file.path):
+        if is_url(file.path):
             source = lib.PythonFile(stack.enter_context(opened(file.path, file.size)), "r")
         else:
             source = stack.enter_context(lib.memory_map(file.path))

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lm.data import remote
-from lm.data.files import is_remote
 from lm.data.sources.arrow import DESCRIPTIONS, saved_files
 from lm.data.sources.stored import File, TokenFormat
 from lm.errors import DataError
+from lm.files import is_url
 
 STDLIB = "python-stdlib"
 
@@ -35,7 +35,7 @@ def list_files(
     """
     found: dict[str, File] = {}
     for entry, heldout in [(p, True) for p in holdout_paths] + [(p, False) for p in paths]:
-        if is_remote(entry):
+        if is_url(entry):
             for there in _remote(entry, tokens):
                 file = File(entry, there.url, there.url, there.size, there.modified, heldout, tokens)
                 found.setdefault(there.url, file)
@@ -49,7 +49,7 @@ def list_files(
 def present(entry: str) -> bool:
     """Whether an entry of `data.paths` is on this machine."""
     try:
-        return entry == STDLIB or next(iter(_remote(entry) if is_remote(entry) else _local(entry)), None) is not None
+        return entry == STDLIB or next(iter(_remote(entry) if is_url(entry) else _local(entry)), None) is not None
     except DataError:
         return False
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from lm.data import remote
-from lm.data.files import is_remote, local_copy
+from lm.data.files import local_copy
 from lm.data.sources.stored import File
 from lm.errors import DataError
+from lm.files import is_url
 
 _MARK = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")  # mark, version, type of tokens, sequences, documents + 1
@@ -79,7 +80,7 @@ def read_index(file: File) -> Index:
 
 def _stat(path: str) -> tuple[int, int] | None:
     """Size and time of change."""
-    if is_remote(path):
+    if is_url(path):
         there = remote.entry(path)
         return None if there is None else (there.size, there.modified)
     try:

@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from lm.data.files import is_remote
 from lm.data.remote import opened
 from lm.data.sources import columns
 from lm.data.sources.selection import Selection
 from lm.data.sources.stored import Document, File, Hash, Piece, cut_at, stored_blocks
+from lm.files import is_url
 
 _ROWS = 1024  # decoded at once
 
@@ -36,7 +36,7 @@ def _opened(file: File) -> Iterator[Any]:
     parquet = columns.pyarrow("parquet", file.name)
     with columns.reading(file.name, "Parquet file"), contextlib.ExitStack() as stack:
         # In blocks that are small, since what is read of a column is asked for at once anyway.
-        remote = is_remote(file.path)
+        remote = is_url(file.path)
         source = stack.enter_context(opened(file.path, file.size, block=1 << 16)) if remote else file.path
         yield stack.enter_context(parquet.ParquetFile(source, memory_map=True, page_checksum_verification=True))
 
