@@ -29,6 +29,15 @@ OPTIONS: dict[str, Options] = {
 """By jax device_kind. Other devices get none."""
 
 
-def compiler_options(mesh: Mesh) -> Options:
+_DETERMINISTIC_ON_GPU: Options = {
+    # No operation that adds in whatever order its threads come (compiling fails where there is no other), and no
+    # kernels chosen by how fast they were at start-up.
+    "xla_gpu_deterministic_ops": True,
+}
+
+
+def compiler_options(mesh: Mesh, *, deterministic: bool = False) -> Options:
     """For a program that runs on this mesh."""
-    return OPTIONS.get(mesh.devices.flat[0].device_kind, {})
+    device = mesh.devices.flat[0]
+    options = OPTIONS.get(device.device_kind, {})
+    return options | _DETERMINISTIC_ON_GPU if deterministic and device.platform == "gpu" else options

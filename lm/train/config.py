@@ -42,6 +42,10 @@ class TrainConfig:
     """What gradients of sharded weights are summed in between devices; bfloat16 is half the bytes."""
     unroll: int = free(1)
     """Layers in the body of the loop over layers. All of them is faster on a CPU; compiling takes longer."""
+    deterministic: bool = free(False)
+    """Every start on the same machines computes the same bits. TPUs and CPUs do anyway; GPUs then use neither
+    operations that add in any order nor kernels that were found fastest at start-up. Settings and machines that would
+    sum in another order are refused when the run goes on."""
     z_loss: float = 0.0
     """Weight of logsumexp(logits)² in the loss (PaLM: 1e-4)."""
 

@@ -201,6 +201,15 @@ def run_of(events: Iterable[Event]) -> str:
     return next((event["start"] for event in events if "start" in event), "")
 
 
+def facts_of_last(events: Iterable[Event], names: Iterable[str]) -> dict[str, Any]:
+    """What was noted under these names with the newest start; nothing where there is none."""
+    last: Event = {}
+    for event in events:
+        if event.get("event") == "start":
+            last = event
+    return {name: last[name] for name in names if name in last}
+
+
 def highest(events: Iterable[Event], *names: str) -> int:
     """The largest value under any of the names; 0 without any."""
     return max((event[name] for event in events for name in names if event.get(name) is not None), default=0)

@@ -115,9 +115,9 @@ def train(
             else lambda line: say_here(f"lm: {processes.name(processes.index)}: {line}")
         ),
     ):
-        if processes.primary:
-            refuse_other_run(directory, config, allow, progress.say)
         facts = {"processes": processes.count, "devices": mesh.size, "kind": jax.devices()[0].device_kind}
+        if processes.primary:
+            refuse_other_run(directory, config, facts, allow, progress.say)
         path = directory.journal if processes.primary else None
         with (
             Journal(path, facts=facts, began=began, report=progress.say) as journal,

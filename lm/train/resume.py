@@ -1,7 +1,9 @@
 """Whether a run directory may be continued with the config at hand."""
 
+import dataclasses
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,15 +20,21 @@ from lm.train.run_directory import RunDirectory
 
 
 def refuse_other_run(
-    directory: RunDirectory, config: Config, allow: Collection[str], say: Callable[[str], None]
+    directory: RunDirectory,
+    config: Config,
+    facts: Mapping[str, Any],
+    allow: Collection[str],
+    say: Callable[[str], None],
 ) -> None:
     """Raises ConfigError when the directory holds another run than that of `config`, one that other code has trained
-    (and `allow` does not say "code" or "versions"), one that is further, or one whose checkpoints are gone."""
+    (and `allow` does not say "code" or "versions"), one that is further, or one whose checkpoints are gone; with
+    `train.deterministic`, also one whose sums had another order. `facts`: of the machine, as in the journal."""
     journal.refuse_lost_checkpoints(directory)
     places = {info.step: directory.checkpoints for info in list_checkpoints(directory.checkpoints) if not info.problem}
+    events = journal.read(directory.journal)
     if config.checkpoint.local_dir:
         local = local_directory(config.checkpoint, directory.path)
-        run = journal.run_of(journal.read(directory.journal))
+        run = journal.run_of(events)
         places |= dict.fromkeys(steps_of_run(local, run), local)
     if not places:
         return
@@ -36,7 +44,10 @@ def refuse_other_run(
     except StorageError as error:  # damaged: restoring will set it aside and say so
         say(str(error))
         return
-    refuse_if_changed(configs.from_dict(Config, saved), config, done=done)
+    before = configs.from_dict(Config, saved)
+    refuse_if_changed(before, config, done=done)
+    if config.train.deterministic:
+        refuse_other_sums(before, config, journal.facts_of_last(events, facts), facts)
     if done > config.train.steps:
         raise ConfigError(
             f"{directory.path} has {done} steps done, more than --train.steps {config.train.steps}; "
@@ -68,6 +79,28 @@ def refuse_if_changed(saved: Config, config: Config, *, done: int) -> None:
             f"{config.run.dir} holds a run with {done} steps done and another config:\n"
             f"{format_diff(differences)}\n"
             "to go on with it, take the values it was started with; for a new run, choose another --run.dir"
+        )
+
+
+def refuse_other_sums(saved: Config, config: Config, before: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Raises ConfigError, with the differences, when a step would be summed in another order than before: the same
+    experiment, but not the same bits. `before`: the facts of the machine that the run was on."""
+    here = ("mesh.", "model.", "train.")
+    lines = format_diff(
+        [
+            dataclasses.replace(one, free=False)
+            for one in diff(saved, config)
+            if one.free and one.key.startswith(here) and one.key != "train.deterministic"
+        ]
+    ).splitlines()
+    lines += [
+        f"{name}: {before[name]} -> {facts[name]}" for name in facts if before.get(name, facts[name]) != facts[name]
+    ]
+    if lines:
+        listed = "\n".join(lines)
+        raise ConfigError(
+            f"{config.run.dir} was trained otherwise, so that it would not go on with the same bits:\n{listed}\n"
+            "take what it was trained with, or write --train.deterministic false"
         )
 
 

@@ -92,7 +92,7 @@ def jit_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
         make_train_step(config, mesh),
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler_options(mesh, deterministic=config.train.deterministic),
     )
 
 

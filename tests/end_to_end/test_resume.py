@@ -19,7 +19,7 @@ from lm.checkpoint.checkpoints import list_checkpoints
 from lm.cli import main
 from lm.data.batches import Batches
 from lm.data.corpus import open_corpus
-from lm.train import provenance
+from lm.train import journal, provenance
 from lm.train.progress import Progress
 from lm.train.run_directory import RunDirectory
 
@@ -155,6 +155,27 @@ def test_what_is_free_may_change(copy: Path, in_workplace: Path, logged: Logged,
     losses, expected = ({line["step"]: line.get("loss") for line in logged(run)} for run in (copy, undisturbed))
     assert sorted(losses) == [*range(STOPPED_AT), 9, 11]  # step 9 also has the held-out loss after it
     assert losses[11] == pytest.approx(expected[11], rel=1e-5)
+
+
+def test_a_deterministic_run_goes_on_only_as_it_was(
+    copy: Path,
+    in_workplace: Path,
+    undisturbed: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = contents(copy)
+    assert main(["train", str(copy), "--train.deterministic=true", "--train.accumulation=2"]) == 2
+    assert "\ntrain.accumulation: 1 -> 2\ntake what it was trained with" in capsys.readouterr().err
+    with monkeypatch.context() as elsewhere:
+        facts = journal.facts_of_last
+        elsewhere.setattr(journal, "facts_of_last", lambda *given: facts(*given) | {"devices": 8})
+        assert main(["train", str(copy), "--train.deterministic=true"]) == 2
+        assert "\ndevices: 8 -> 1\n" in capsys.readouterr().err
+    assert contents(copy) == before
+    assert main(["train", str(copy), "--train.deterministic=true"]) == 0
+    assert digests(copy)[12] == digests(undisturbed)[12]
+    assert main(["train", str(copy), "--train.deterministic=true", "--mesh.microbatches=2"]) == 2
 
 
 def test_a_constant_schedule_may_be_extended_and_a_finished_run_started(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -16,6 +17,8 @@ LANES = 128
 LARGEST_QUERIES, LARGEST_KEYS = 1024, 2048
 """Of a tile. Smaller ones leave out more of what the mask hides; but the backward pass writes and adds up a gradient of
 the queries for each tile of keys, so for it few are better. More do not fit the vector memory of every chip."""
+LITTLE_MEMORY = 16 * 2**20
+"""Vector memory of a core, in bytes, for which the backward pass is too large with its usual tiles: that of v4."""
 NAME = "attention"
 """Under which the result, and what its backward pass needs, can be saved by a remat policy."""
 
@@ -59,9 +62,12 @@ def attention(
     return jnp.where(query_prefix[:, :, None, None] == 1, both_ways, y)
 
 
-def block_sizes(queries: int, keys: int, window: int, head_dim: int = 128) -> splash_attention.BlockSizes:
+def block_sizes(
+    queries: int, keys: int, window: int, head_dim: int = 128, *, at_once: int = 512
+) -> splash_attention.BlockSizes:
     """Tiles for these lengths: as large as fits the vector memory, but not much larger than a window, whose mask
-    would leave most of each tile unused. The backward pass is one kernel for all three gradients."""
+    would leave most of each tile unused. The backward pass is one kernel for all three gradients; of a tile of keys it
+    takes `at_once`."""
     limit = max(LANES * 2, _power_of_two(window)) if window else max(queries, keys)
     wide = 1 if head_dim <= LANES else 2
     block_q = _divisor(queries, min(limit, LARGEST_QUERIES // wide))
@@ -73,7 +79,7 @@ def block_sizes(queries: int, keys: int, window: int, head_dim: int = 128) -> sp
         block_kv_compute=_divisor(block_kv, 512),
         block_q_dkv=block_q,
         block_kv_dkv=block_kv_dkv,
-        block_kv_dkv_compute=_divisor(block_kv_dkv, 512),
+        block_kv_dkv_compute=_divisor(block_kv_dkv, at_once),
         use_fused_bwd_kernel=True,
     )
 
@@ -100,11 +106,12 @@ def _kernel(
         parts, columns, mask = 1, None, masks.FullMask((queries, keys))
     if columns is not None:
         mask.q_sequence = columns.order
+    little = not interpret and pltpu.get_tpu_info().vmem_capacity_bytes <= LITTLE_MEMORY
     kernel = splash_attention.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         head_shards=1,
         q_seq_shards=parts,
-        block_sizes=block_sizes(queries, keys, window, head_dim),
+        block_sizes=block_sizes(queries, keys, window, head_dim, at_once=256 if little else 512),
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name=NAME,
         interpret=interpret,
