@@ -34,7 +34,7 @@ from lm.checkpoint.folder import STATE, half_written, names_set_aside, remove, s
 from lm.checkpoint.listing import list_checkpoints as list_checkpoints
 from lm.checkpoint.listing import read_attachment as read_attachment
 from lm.checkpoint.manifest import NAME as MANIFEST
-from lm.checkpoint.manifest import BadCheckpoint, FileChecksum, Manifest, file_sizes, shares
+from lm.checkpoint.manifest import BadCheckpoint, FileChecksum, Manifest, UnreadableCheckpoint, file_sizes, shares
 from lm.checkpoint.restoring import load
 from lm.checkpoint.retries import Retries
 from lm.checkpoint.together import together
@@ -159,7 +159,8 @@ class Checkpoints:
         """The newest checkpoint that is good: (step, state); None when nothing was ever saved. With `at_most`, of those
         up to that step, with `newer_than`, of those of later steps, and None when none of them is good.
 
-        Each candidate is verified, newest first. A bad one is reported and renamed to `<step>.bad`.
+        Each candidate is verified, newest first. A bad one is reported and renamed to `<step>.bad`; one that cannot be
+        read, and may be sound, is reported and stays.
 
         Args:
           abstract_state: ShapeDtypeStructs with shardings, which need not be those it was saved with.
@@ -178,6 +179,9 @@ class Checkpoints:
             folder = self._directory / str(step)
             try:
                 state = load(folder, step, abstract_state, self._fresh, self._processes)
+            except UnreadableCheckpoint as problem:
+                self._report(f"checkpoint {folder} is not used: {problem}; it stays where it is")
+                continue
             except BadCheckpoint as problem:
                 if self._processes.primary:
                     self._report(f"checkpoint {folder} is bad and not used: {problem}; {set_aside(folder)}")

@@ -6,6 +6,7 @@ flipped byte without a word, and sound files may hold something else than what w
 """
 
 import dataclasses
+import functools
 import hashlib
 import heapq
 import importlib.metadata
@@ -15,15 +16,17 @@ import pathlib
 import platform
 import posixpath
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from etils import epath
 
 from lm.checkpoint.digest import LeafDigest, StateDigest
 from lm.errors import StorageError
 from lm.files import is_url, reason, write_atomically
+
+R = TypeVar("R")
 
 NAME = "manifest.json"
 FORMAT = 2
@@ -37,8 +40,16 @@ ADDED = {2: ("guard/",)}
 """What the paths of leaves start with that came into the state with a format: older checkpoints lack them."""
 
 
+READ_WAITS = (1.0, 4.0)
+"""Seconds after which what could not be read is tried again."""
+
+
 class BadCheckpoint(Exception):
     """The files of a checkpoint are not what was saved."""
+
+
+class UnreadableCheckpoint(BadCheckpoint):
+    """Storage does not give what may be sound."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +108,8 @@ class Manifest:
         """Raises BadCheckpoint when it is not as it was written or names files elsewhere, StorageError when newer code
         wrote it."""
         try:
-            body = json.loads((folder / NAME).read_bytes())
+            body = json.loads(_read(NAME, (folder / NAME).read_bytes))
             intact = body.pop("sha256") == _checksum(body)
-        except OSError as error:
-            raise BadCheckpoint(f"{NAME} cannot be read: {reason(error)}") from error
         except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, not an object, no checksum
             intact = False
         if not intact:
@@ -134,12 +143,7 @@ def verify(folder: epath.Path, files: Mapping[str, FileChecksum]) -> None:
     """Raises BadCheckpoint when one of these files is not there as it was written."""
     _refuse_links(folder, files)
     for name, expected in files.items():
-        try:
-            found = FileChecksum.of(folder / name)
-        except FileNotFoundError as error:
-            raise BadCheckpoint(f"{name} is missing") from error
-        except OSError as error:
-            raise BadCheckpoint(f"{name} cannot be read: {reason(error)}") from error
+        found = _read(name, functools.partial(FileChecksum.of, folder / name))
         if found.size != expected.size:
             raise BadCheckpoint(f"{name} has {found.size} bytes, {expected.size} were written")
         if found.sha256 != expected.sha256:
@@ -148,10 +152,7 @@ def verify(folder: epath.Path, files: Mapping[str, FileChecksum]) -> None:
 
 def refuse_others(folder: epath.Path, name: str, files: Iterable[str]) -> None:
     """Raises BadCheckpoint when the folder of this name below holds more than these files: all of it is read."""
-    try:
-        found = set(file_sizes(folder / name)) if (folder / name).exists() else set()
-    except OSError as error:
-        raise BadCheckpoint(f"{name} cannot be listed: {reason(error)}") from error
+    found = _read(name, lambda: set(file_sizes(folder / name)) if (folder / name).exists() else set())
     found -= {file.removeprefix(f"{name}/") for file in files}
     if others := sorted(file for file in found if not file.startswith(".nfs")):  # which NFS keeps of what was removed
         raise BadCheckpoint(f"{name}/{others[0]} was not written by the save")
@@ -171,6 +172,22 @@ def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
 def file_sizes(folder: epath.Path) -> dict[str, int]:
     """Bytes of all files below the folder, by path from there."""
     return {name: (folder / name).stat().length for name in sorted(_files(folder))}
+
+
+def _read(name: str, read: Callable[[], R]) -> R:
+    """Raises BadCheckpoint when it is missing, UnreadableCheckpoint when storage fails again and again."""
+    for seconds in (*READ_WAITS, None):
+        try:
+            return read()
+        except FileNotFoundError as error:
+            raise BadCheckpoint(f"{name} is missing") from error
+        except (IsADirectoryError, NotADirectoryError) as error:
+            raise BadCheckpoint(f"{name} cannot be read: {reason(error)}") from error
+        except Exception as error:  # storage libraries raise classes of their own beside OSError
+            if seconds is None:
+                raise UnreadableCheckpoint(f"{name} cannot be read: {reason(error)}") from error
+            time.sleep(seconds)
+    raise AssertionError
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar, cast
 
-from lm.checkpoint.manifest import BadCheckpoint
+from lm.checkpoint.manifest import BadCheckpoint, UnreadableCheckpoint
 from lm.errors import ConfigError, StorageError
 from lm.files import reason
 from lm.parallel.processes import Processes
@@ -31,6 +31,6 @@ def together(processes: Processes, name: str, work: Callable[[], R]) -> R:
             first = kind, text if index == 0 else f"{processes.name(index)}: {text}"
     first = processes.broadcast(name, first)
     if first:
-        kinds = {kind.__name__: kind for kind in (BadCheckpoint, ConfigError)}
+        kinds = {kind.__name__: kind for kind in (BadCheckpoint, UnreadableCheckpoint, ConfigError)}
         raise kinds.get(first[0], StorageError)(first[1])
     return cast(R, result)

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from lm.checkpoint import checkpoints as checkpoint
+from lm.checkpoint import manifest
 from lm.checkpoint.checkpoints import Checkpoints, list_checkpoints, read_attachment
 from lm.checkpoint.config import CheckpointConfig
 from lm.checkpoint.digest import state_digest
@@ -197,7 +199,7 @@ def test_sound_files_with_other_arrays_are_found(tmp_path: Path) -> None:
     writer = Writer(tmp_path)
     writer.write(1, 2)
     folder = checkpoint.epath.Path(tmp_path / "2")
-    manifest = checkpoint.Manifest.read(folder, 2)
+    written = checkpoint.Manifest.read(folder, 2)
     (folder / "manifest.json").unlink()
     (folder / "state").rmtree()
     wrong = make_state(2)
@@ -207,7 +209,7 @@ def test_sound_files_with_other_arrays_are_found(tmp_path: Path) -> None:
     writing.begin()
     writing.wait()
     writing.finish()
-    digest = dataclasses.replace(state_digest(wrong), digest=manifest.digest, leaves=manifest.leaves)
+    digest = dataclasses.replace(state_digest(wrong), digest=written.digest, leaves=written.leaves)
     files = {name: checkpoint.FileChecksum.of(folder / name) for name in checkpoint.file_sizes(folder)}
     checkpoint.Manifest.of(2, digest, files).write(folder)
     restored = writer.restore_newest(ABSTRACT)
@@ -224,6 +226,45 @@ def test_a_run_never_starts_over_when_all_its_checkpoints_are_bad(tmp_path: Path
         with pytest.raises(StorageError, match=r"no good checkpoint is left .* 1\.bad, 2\.bad"):
             Writer(tmp_path).restore_newest(ABSTRACT)
     assert (tmp_path / "2.bad" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.json"])
+def test_what_storage_does_not_give_for_a_moment(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sound checkpoint is not set aside for it; when it goes on, an older one is used."""
+    Writer(tmp_path).write(1, 2)
+    monkeypatch.setattr(manifest, "READ_WAITS", (0.01, 0.01))
+    failures = 2
+    path = type(epath.Path(tmp_path))
+    read, opened = path.read_bytes, path.open
+
+    def fail(file: epath.Path) -> None:
+        nonlocal failures
+        if file.parent.name == "2" and file.name == name and failures:
+            failures -= 1
+            raise OSError(5, "Input/output error")
+
+    def read_bytes(self: Any) -> bytes:
+        fail(self)
+        return bytes(read(self))
+
+    def open_(self: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        fail(self)
+        return opened(self, mode, *rest, **more)
+
+    monkeypatch.setattr(path, "read_bytes", read_bytes)
+    monkeypatch.setattr(path, "open", open_)
+    writer = Writer(tmp_path)
+    restored = writer.restore_newest(ABSTRACT)
+    assert restored is not None
+    assert restored[0] == 2
+    assert (writer.said, failures) == ([], 0)
+    failures = 100
+    restored = writer.restore_newest(ABSTRACT)
+    assert restored is not None
+    assert restored[0] == 1
+    text = f"{tmp_path}/2 is not used: {name} cannot be read: Input/output error; it stays where it is"
+    assert writer.said == [f"checkpoint {text}"]
+    assert steps(tmp_path) == [1, 2]
 
 
 def test_restoring_a_named_step_changes_nothing(tmp_path: Path) -> None:

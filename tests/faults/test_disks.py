@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -75,7 +76,7 @@ def test_errors_while_it_is_written(
 def test_errors_while_it_is_read(
     faulty_disk: FaultyDisk, stopped: Path, undisturbed: Path, workplace: Path, logged: Logged
 ) -> None:
-    """A checkpoint that cannot be read is not used; then the data cannot be, and with exit code 3 the run ends."""
+    """A checkpoint that cannot be read is not used, but may be later; then the data cannot be: exit code 3."""
     shutil.copytree(stopped, faulty_disk.folder / "run")
     run = faulty_disk.path / "run"
     faulty_disk.rules(
@@ -83,11 +84,11 @@ def test_errors_while_it_is_read(
         {"on": ["open", "read"], "below": "run/data/train", "fails": "ENOENT"},
     )
     said = Run(workplace, run, "--data.stall_seconds=2").wait(code=3)
-    assert "checkpoints/8 is bad and not used: " in said
+    assert re.search(r"checkpoints/8 is not used: state/.* cannot be read: .*; it stays where it is", said)
     assert f"lm: {run}/data" in said
     faulty_disk.rules()
     said = Run(workplace, run).wait(code=0)
-    assert "goes on from checkpoint 6\n" in said
+    assert "goes on from checkpoint 8\n" in said
     assert digests(run)[12] == digests(undisturbed)[12]
     assert logged(run) == logged(undisturbed)
 
