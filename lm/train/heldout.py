@@ -10,6 +10,9 @@ import numpy as np
 
 from lm.model.loss import Batch, LossSums
 
+AHEAD = 3
+"""Batches that may be on the devices at once: the host is faster than they are."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
@@ -30,7 +33,10 @@ class HeldOut:
 
 def held_out_loss(eval_step: Callable[[Any, Batch], LossSums], params: Any, batches: Iterable[Batch]) -> HeldOut:
     """Runs over the batches, already on the devices, and divides once at the end."""
-    results = [eval_step(params, batch) for batch in batches]
+    results: list[LossSums] = []
+    for batch in batches:
+        results.append(eval_step(params, batch))
+        jax.block_until_ready(results[-AHEAD:][0])
     sums = np.sum([np.asarray(row, np.float64) for row in jax.device_get(results)], axis=0)
     _, nll, weight, size = sums
     return HeldOut(

@@ -32,26 +32,21 @@ from jax.sharding import Mesh
 
 from lm import config as configs
 from lm.checkpoint.checkpoints import Checkpoints, list_checkpoints
-from lm.checkpoint.local import LocalCheckpoints, Restored, restore_newest
-from lm.data.batches import Batches, Evaluation
-from lm.data.corpus import build_corpus, manifest_files, open_corpus
+from lm.checkpoint.local import LocalCheckpoints, restore_newest
 from lm.data.loader import Loader
-from lm.data.reading import in_time, said_by
-from lm.data.report import report
-from lm.errors import ConfigError, DataError, DivergedError, Stopped, StorageError
+from lm.data.reading import said_by
+from lm.errors import DivergedError, Stopped, StorageError
 from lm.experiment import Config
 from lm.files import write_unless_there
 from lm.model.flops import flops_per_token, parameter_count, peak_flops
-from lm.model.loss import Batch
 from lm.parallel.layout import layout_of
 from lm.parallel.mesh import make_mesh
 from lm.parallel.processes import ALONE, Processes
-from lm.parallel.rows import local_rows, whole_batch
-from lm.parallel.sharding import batch_sharding, rules
 from lm.parallel.wire import say as say_here
 from lm.train import ledger, provenance
 from lm.train.bad_steps import BadSteps, Seen
 from lm.train.corruption import Verification
+from lm.train.feed import Feed, build_data
 from lm.train.forecast import Expect, Expected, Forecast
 from lm.train.groups import gradient_groups
 from lm.train.heldout import HeldOut, held_out_loss
@@ -72,8 +67,6 @@ from lm.train.watchdog import Watchdog
 
 SLOWEST_SECONDS = 600.0
 """Between two lines that name the process that holds the others up."""
-SHARED_SECONDS = 60.0
-"""How long a shared file system may take to show to one host what another one has written."""
 
 
 def train(
@@ -154,7 +147,6 @@ class _Run:
         self.directory, self.progress, self.stop = directory, progress, stop
         self.journal, self.watchdog = journal, watchdog
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        self.sharding = batch_sharding(mesh, rules(config.mesh))
         self.processes, self.expect = processes, expect
         self.stopped_by: str | None = None
         self.bad_steps = BadSteps(gradient_groups(config))
@@ -166,7 +158,7 @@ class _Run:
         self.open_data()
         with self.journal.time("restore"):
             first, state = self.restore_or_draw()
-        self.report_data(first)
+        self.feed.report(first)
         self.open_summaries(first)
         with self.journal.time("compile"):
             self.compile()
@@ -181,55 +173,19 @@ class _Run:
     # 2. The data
 
     def open_data(self) -> None:
-        config, length = self.config, self.config.train.sequence_length
         self.watchdog.phase("data")
-        if self.processes.primary:
-            build_corpus(config.data, config.data_dir, self.say)
-        self.processes.broadcast("data is built")
-        self.wait_for_data()
+        build_data(self.config, self.processes, self.say)
         self.watchdog.phase("start")
-        corpus = open_corpus(config.data_dir, config.data)
-        self.processes.agree("data", {f"the fingerprint of {config.data_dir}": corpus.fingerprint[:12]})
-        size, seed = config.train.batch_size, config.run.seed
-        self.rows = local_rows(self.sharding, size)
-        self.batches = Batches(corpus, size, length, seed)
-        self.batches.check_epochs(config.train.steps)
-        self.held_out = Evaluation(corpus, "heldout", size, length) if corpus.tokens("heldout") else None
-        self.tokenizer = corpus.tokenizer
-        if self.tokenizer.vocab_size != config.model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size is {config.model.vocab_size}, but the tokenizer in {config.data_dir} has "
-                f"{self.tokenizer.vocab_size} ids: write --model.vocab_size {self.tokenizer.vocab_size}"
-            )
-
-    def wait_for_data(self) -> None:
-        """Returns when this process can see what the primary has built."""
-        until = time.monotonic() + SHARED_SECONDS
-        for path in manifest_files(self.config.data, self.config.data_dir):
-            while not path.exists():
-                if time.monotonic() > until:
-                    raise DataError(
-                        f"{path}: built, but not to be seen by this process; choose a --data.dir (or --run.dir) that "
-                        "all hosts share, or build the same data on each"
-                    )
-                time.sleep(0.2)
-
-    def report_data(self, first: int) -> None:
-        """What a person can judge before the first step is done; of rows that are read in a moment anyway."""
-        if self.processes.primary and first < self.config.train.steps:
-            steps, limit = self.config.train.steps, self.config.data.stall_seconds
-            lines = report(self.batches, first, steps, self.rows)
-            for line in in_time(lambda: list(lines), "first rows", limit, self.batches.reads):
-                self.say(line)
+        self.feed = Feed(self.config, self.mesh, self.processes, self.say)
 
     # 3. The state
 
     def restore_or_draw(self) -> tuple[int, TrainState]:
-        config = self.config
+        config, tokenizer = self.config, self.feed.tokenizer
         attachments = {
             "config.json": configs.to_json(config).encode(),
             provenance.FILE: provenance.write(provenance.provenance()),
-            self.tokenizer.file_name: self.tokenizer.serialize(),
+            tokenizer.file_name: tokenizer.serialize(),
         }
         self.checkpoints = Checkpoints(
             self.directory.checkpoints,
@@ -250,7 +206,7 @@ class _Run:
             self.say(f"goes on from {'local ' * (restored.tier == 'local')}checkpoint {first}")
             self.journal.restored(first, restored.tier)
         self.durable = first if restored and restored.tier == "durable" else None
-        self.take_data(self.noted_data(restored) if self.processes.primary else None)
+        self.take_data(self.feed.noted(restored) if self.processes.primary else None)
         if self.processes.primary:
             write_unless_there(self.directory.config, attachments["config.json"])
         return first, state
@@ -260,23 +216,9 @@ class _Run:
         draw = jax.jit(lambda key: init_state(self.config, key), out_shardings=self.shardings)
         return draw(jax.random.key(self.config.run.seed))
 
-    def noted_data(self, restored: Restored[TrainState] | None) -> Ledger:
-        """What the run is trained on from here; refuses to go on with other data."""
-        corpus = self.batches.corpus
-        if restored is None or not restored.step:
-            return Ledger((ledger.entry(corpus, 0),))
-        before = ledger.of_checkpoint(restored.directory, restored.step)
-        found = ledger.extended(before, corpus, before.skips.batch(restored.step))
-        if found != before:
-            self.say(ledger.describe(found.entries[-1]))
-        return found
-
     def take_data(self, found: Ledger | None) -> None:
         """Trains on this from now on; the primary says it to the others."""
-        contents = self.processes.broadcast("data", ledger.write(found).decode() if found else None).encode()
-        self.ledger = ledger.read(contents)
-        self.batches.skips = self.ledger.skips
-        self.checkpoints.attach(ledger.FILE, contents)
+        self.checkpoints.attach(ledger.FILE, self.feed.take(found))
 
     def open_summaries(self, first: int) -> None:
         self.summaries = (
@@ -286,8 +228,7 @@ class _Run:
     def compile(self) -> None:
         """Compiles the train and evaluation steps, so that no later step can be compiled by surprise."""
         config, start = self.config, time.monotonic()
-        example = self.batches.shapes()
-        batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self.sharding) for k, v in example.items()}
+        batch = self.feed.shapes()
         step = jit_train_step(config, self.mesh)
         lowered = step.lower(self.abstract, batch)
         self.train_step = lowered.compile()
@@ -309,7 +250,7 @@ class _Run:
             flops_per_token=flops.causal,
             peak_flops=None if peak is None else peak * self.mesh.size,
         )
-        tokens = self.batches.corpus.tokens("train")
+        tokens = self.feed.training_tokens
         self.say(
             f"{human_count(parameter_count(config.model))} parameters, {human_count(flops.causal)} FLOP per token "
             f"(causal), {human_count(tokens)} training tokens, "
@@ -337,8 +278,8 @@ class _Run:
         self.stop.deferred = True
         while True:
             try:
-                with self.journal.time("step"):
-                    state, done = self.steps_from(first, state)
+                with self.journal.time("step"), self.feed.from_step(first) as loader:
+                    state, done = self.run_steps(first, state, loader)
                 break
             except _NotApplied as problem:
                 traceback.clear_frames(problem.__traceback__)  # they hold the state, and there is room for one
@@ -365,20 +306,9 @@ class _Run:
             raise stopped
         return state
 
-    def steps_from(self, first: int, state: TrainState) -> tuple[TrainState, int]:
-        data = self.config.data
-        with Loader(
-            self.batches,
-            range(first, self.config.train.steps),
-            self.rows,
-            workers=data.loader_workers,
-            stall_seconds=data.stall_seconds,
-        ) as loader:
-            return self.run_steps(first, state, loader)
-
     def run_steps(self, first: int, state: TrainState, loader: Loader) -> tuple[TrainState, int]:
         config, last = self.config, self.config.train.steps
-        batch = self.put(next(loader)[1]) if first < last else None
+        batch = self.feed.put(next(loader)[1]) if first < last else None
         before: tuple[int, Metrics, dict[str, float]] | None = None
         self.meter.start(first)
         for k in range(first, last):
@@ -399,7 +329,7 @@ class _Run:
             if "local save" in wanted:
                 with self.doing("save", k):
                     self.local.save(state, k, self.checkpoints.attachments)
-            if self.batches.begins_phase(k):
+            if self.feed.batches.begins_phase(k):
                 state = self.forget(state)
             if self.verification and self.is_due(config.recovery.verify_every, k + 1):
                 state, metrics = self.verification.step(k, state, batch)
@@ -408,7 +338,7 @@ class _Run:
             if k + 1 < last:  # the next batch is on its way to the devices while they compute
                 with self.meter.waiting(), self.journal.time("input"):
                     coming = next(loader)[1]
-                batch = self.put(coming)
+                batch = self.feed.put(coming)
             if before is not None:
                 self.log(*before)
             due = self.is_due(config.eval.every, k + 1) and k + 1 < last
@@ -436,9 +366,6 @@ class _Run:
     def is_due(self, every: int, done: int) -> bool:
         return every > 0 and done % every == 0
 
-    def put(self, batch: dict[str, np.ndarray]) -> Batch:
-        return whole_batch(batch, self.rows, self.config.train.batch_size, self.sharding)
-
     def log(self, k: int, metrics: Metrics, extra: dict[str, float]) -> None:
         """Reads the metrics of step k, which the devices have finished by now or soon will have."""
         if self.verification:
@@ -456,9 +383,9 @@ class _Run:
         self.journal.step(k)
         self.journal.saved(self.checkpoints.last_good)
         self.checkpoints.check()
-        if self.ledger.rewinds:
-            values["rewinds"] = sum(one.attempt for one in self.ledger.rewinds)
-            values["batches_left_out"] = self.batches.skips.batch(k) - k
+        if rewinds := self.feed.ledger.rewinds:
+            values["rewinds"] = sum(one.attempt for one in rewinds)
+            values["batches_left_out"] = self.feed.batches.skips.batch(k) - k
         values |= extra
         if k % self.config.log.every == 0 or k == self.config.train.steps - 1 or extra or streak:
             values |= self.meter.read(k) | self.forecast.values()
@@ -487,10 +414,10 @@ class _Run:
 
     def evaluate(self, state: TrainState, k: int) -> dict[str, float]:
         """Held-out loss, and a sample, of the state after step k."""
-        if self.held_out is None:
+        if self.feed.held_out is None:
             return {}
         with self.doing("evaluation", k + 1):
-            count = len(self.held_out)
+            count = len(self.feed.held_out)
             wanted = min(self.config.eval.batches or count, count)
             result = self.held_out_on(state, [int(i) for i in np.linspace(0, count - 1, wanted).round()])
             self.say(f"after step {k}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte")
@@ -498,14 +425,13 @@ class _Run:
         return {"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte}
 
     def held_out_on(self, state: TrainState, which: list[int]) -> HeldOut:
-        assert self.held_out is not None
-        with Loader(self.held_out, which, self.rows, stall_seconds=self.config.data.stall_seconds) as loader:
-            return held_out_loss(self.eval_step, state.params, (self.put(batch) for _, batch in loader))
+        with self.feed.held_out_batches(which) as loader:
+            return held_out_loss(self.eval_step, state.params, (self.feed.put(batch) for _, batch in loader))
 
     def sample(self, state: TrainState, k: int) -> str:
         if not self.config.sample.tokens:
             return ""
-        text = sample_text(self.config, in_one_stack(state.params, self.config.mesh.repeats), self.tokenizer)
+        text = sample_text(self.config, in_one_stack(state.params, self.config.mesh.repeats), self.feed.tokenizer)
         if text:
             self.summaries.text(k, "sample", verbatim(text))
         return text
@@ -517,9 +443,9 @@ class _Run:
         What is done follows from the ledger and the checkpoints alone, so that a run killed on the way does the same
         again. Raises DivergedError when `recovery.rewinds` attempts did not get beyond, or there is no checkpoint.
         """
-        first_bad, before = self.bad_steps.first, self.ledger.rewinds[-1:]
+        first_bad, before = self.bad_steps.first, self.feed.ledger.rewinds[-1:]
         assert first_bad is not None
-        known = [*self.bad_steps.report(), *self.documents_of_bad_step()]
+        known = [*self.bad_steps.report(), *self.feed.documents_of(self.bad_steps)]
         for line in known:
             self.say(line)
         again = before[0] if before and first_bad < before[0].until else None
@@ -547,26 +473,16 @@ class _Run:
         self.local.remove_after(step)
         self.checkpoints.set_aside_after(step)
         self.journal.rewind(step)
-        self.take_data(self.ledger.rewound(step, until, attempt) if self.processes.primary else None)
+        self.take_data(self.feed.ledger.rewound(step, until, attempt) if self.processes.primary else None)
         self.bad_steps = BadSteps(gradient_groups(self.config))
         self.summaries.close()
         self.open_summaries(step)
         self.summaries.text(step, "rewind", verbatim("\n".join(known)))
         self.say(
             f"rewound to {f'checkpoint {step}' if step else 'the start'}; goes on without the "
-            f"{self.ledger.rewinds[-1].batches} batches that led to step {until} (attempt {attempt} of {limit})"
+            f"{self.feed.ledger.rewinds[-1].batches} batches that led to step {until} (attempt {attempt} of {limit})"
         )
         return step, state
-
-    def documents_of_bad_step(self) -> list[str]:
-        """What the first step that was not applied read; that it cannot be read again changes nothing here."""
-        if not self.processes.primary:
-            return []
-        limit = self.config.data.stall_seconds
-        try:
-            return in_time(lambda: list(self.bad_steps.documents(self.batches)), "documents", limit, self.batches.reads)
-        except DataError as error:
-            return [f"what it read is not known: {error}"]
 
     # 5. The end
 
@@ -592,8 +508,8 @@ class _Run:
 
     def evaluate_all(self, state: TrainState) -> None:
         steps = self.config.train.steps
-        if self.held_out is not None:
-            result = self.held_out_on(state, list(range(len(self.held_out))))
+        if self.feed.held_out is not None:
+            result = self.held_out_on(state, list(range(len(self.feed.held_out))))
             self.summaries.amend_last(
                 steps - 1, {"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte}
             )
