@@ -106,17 +106,23 @@ def _kernel(
         parts, columns, mask = 1, None, masks.FullMask((queries, keys))
     if columns is not None:
         mask.q_sequence = columns.order
-    little = not interpret and pltpu.get_tpu_info().vmem_capacity_bytes <= LITTLE_MEMORY
     kernel = splash_attention.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         head_shards=1,
         q_seq_shards=parts,
-        block_sizes=block_sizes(queries, keys, window, head_dim, at_once=256 if little else 512),
+        block_sizes=block_sizes(queries, keys, window, head_dim, at_once=256 if _has_little_memory() else 512),
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name=NAME,
         interpret=interpret,
     )
     return kernel if columns is None else _own_part(kernel, columns)
+
+
+def _has_little_memory() -> bool:
+    try:
+        return bool(pltpu.get_tpu_info().vmem_capacity_bytes <= LITTLE_MEMORY)
+    except ValueError:  # of no TPU: it is interpreted, or compiled for a single device that is not here
+        return True
 
 
 def _own_part(kernel: Any, columns: "Columns") -> Any:
