@@ -25,8 +25,8 @@ ABOUT = "Pretrains decoder-only transformer language models."
 EPILOG = """\
 CONFIG is a .py file with a `config`, a .json file, or a run directory.
 Every value in it can be overridden: lm train CONFIG --train.steps 50 --run.dir=runs/a
-exit codes: 0 done, 2 config or usage, 3 data, 4 diverged, 5 storage, 6 a hang, or another process ended,
-            7 a device computes wrongly, 75 stopped and resumable
+exit codes: 0 done, 2 config or usage, 3 data, 4 diverged, 5 storage, 6 a hang, or another process ended or did not
+            come, 7 a device computes wrongly, 75 stopped and resumable
 """
 _BEGAN = time.monotonic()
 _OVERRIDE = re.compile(r"--[A-Za-z_]\w*(\.\w+)+(=.*)?", re.DOTALL)

@@ -41,6 +41,12 @@ class LostProcessError(LmError):
     exit_code = 6
 
 
+class MissingProcessError(LmError):
+    """The processes of a run did not find each other, or one ended before all were there. Another start may do it."""
+
+    exit_code = 6
+
+
 class HangError(LmError):
     """This process made no progress for longer than the watchdog lets it."""
 

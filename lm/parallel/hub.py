@@ -73,7 +73,7 @@ class Hub(threading.Thread):
             os._exit(1)
 
     def _run(self) -> None:
-        refusal = self._gather_all()
+        refusal = self._gather_all()  # a message, for all
         self._selector.unregister(self._listener)
         self._listener.close()  # before anyone is welcome: JAX's service needs the port
         if refusal is not None:
@@ -88,21 +88,21 @@ class Hub(threading.Thread):
             for peer, message in self._messages(None):
                 self._handle(peer, message)
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, message: Sequence[str]) -> None:
         """Tells all that are connected, also those whose names did not come to be read."""
         peers = [key.data for key in self._selector.get_map().values()]
         for peer in sorted(peers, key=lambda peer: peer is self._own):  # last: it may end at once, and this thread too
             if not peer.heard:
                 self._send(peer, ["heard"])
-            self._send(peer, ["refused", reason])
+            self._send(peer, message)
 
-    def _gather_all(self) -> str | None:
-        """Waits until all are here and agree; else why they cannot start."""
+    def _gather_all(self) -> Sequence[str] | None:
+        """Waits until all are here and agree; else why they cannot start: "missing", or "refused", and the reason."""
         count = self.place.count
         while len(self._peers) < count:
             left = self.deadline - time.monotonic()
             if left <= 0:
-                return self._missing()
+                return "missing", self._missing()
             for peer, message in self._messages(left):
                 match message:
                     case ["hello", int(index), int(its_count), str(host), int(pid), dict(facts)] if peer.index is None:
@@ -115,16 +115,18 @@ class Hub(threading.Thread):
                 peer.heard = True
                 self._send(peer, ["heard"])
                 if its_count != count or not 0 <= index < count:
-                    return f"process {index} of {its_count} on {peer.host} came to a run of {count} processes"
+                    its_place = f"process {index} of {its_count} on {peer.host}"
+                    return "refused", f"{its_place} came to a run of {count} processes"
                 other = self._peers.get(index)
                 if other is not None:
-                    return f"two processes have the number {index}: {other.where} and {peer.where}"
+                    return "refused", f"two processes have the number {index}: {other.where} and {peer.where}"
                 peer.index = index
                 self._peers[index] = peer
-        return disagreement(
+        problem = disagreement(
             {index: peer.facts for index, peer in self._peers.items()},
             {index: peer.host for index, peer in self._peers.items()},
         )
+        return problem and ("refused", problem)
 
     def _missing(self) -> str:
         missing = [i for i in range(self.place.count) if i not in self._peers]

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from lm.errors import ConfigError, HangError, LmError, LostProcessError, Stopped
+from lm.errors import ConfigError, HangError, LmError, LostProcessError, MissingProcessError, Stopped
 from lm.parallel.agreement import Facts
 from lm.parallel.hub import Hub
 from lm.parallel.wire import Place, each, exit_after, frame, keep_alive, say
@@ -222,7 +222,8 @@ class Link:
 
 
 def join(place: Place, facts: Facts, seconds: float, *, bind: str | None = None, heartbeat: float = 40.0) -> Link:
-    """Finds the other processes. Raises ConfigError, on all that came, when not all come or they do not agree.
+    """Finds the other processes. Raises, on all that came, MissingProcessError when not all come, and ConfigError when
+    they do not agree.
 
     A host that says nothing for `heartbeat` seconds, not even that it is there, counts as gone from then on.
     """
@@ -241,9 +242,11 @@ def join(place: Place, facts: Facts, seconds: float, *, bind: str | None = None,
     try:
         kind, content = next(messages)
     except (OSError, StopIteration, ValueError) as error:
-        raise ConfigError(
+        raise MissingProcessError(
             f"process 0 at {place.address} ended before all {place.count} processes had come: see its output"
         ) from error
+    if kind == "missing":
+        raise MissingProcessError(content)
     if kind == "refused":
         raise ConfigError(content)
     sock.settimeout(None)
@@ -274,7 +277,7 @@ def _reach(
         problem = "something else listens there, or an earlier start of the run that still goes on"
         sock.close()
         time.sleep(min(max(until - time.monotonic(), 0), 0.5))
-    raise ConfigError(
+    raise MissingProcessError(
         f"process {place.index} cannot reach the coordinator (process 0) at {place.address}: {problem}; tried for "
         f"{seconds:g} s. Check JAX_COORDINATOR_ADDRESS, that process 0 was started, and that its port is open"
     )

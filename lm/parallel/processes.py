@@ -137,9 +137,9 @@ def joined(config: Mapping[str, object]) -> Iterator[Processes]:
     """Makes this process one of the processes that the environment tells of. Before JAX touches devices.
 
     `config` is what must be the same in all of them, by dotted key; the source of lm and the versions of its
-    libraries are compared too. Raises ConfigError, in every process that came, when they differ, when not all come,
-    when the coordinator cannot be reached, or when its port is taken. From then on the end of one process is the end
-    of all, with its exit code: an error that leaves this context ends the process here.
+    libraries are compared too. Raises ConfigError, in every process that came, when they differ, and when the port of
+    the coordinator is taken; MissingProcessError when not all come, or it cannot be reached. From then on the end of
+    one process is the end of all, with its exit code: an error that leaves this context ends the process here.
     """
     place = _place()
     if place is None:

@@ -1,7 +1,7 @@
 """`lm train CONFIG --supervise`: starts again what a fault has ended, for as long as the run gets further.
 
 In a run of many processes each host has its own; the processes that they start meet at the coordinator, as at the
-first start, for which each waits LM_START_SECONDS.
+first start, for which each waits LM_START_SECONDS. A start that does not meet the others is one more in vain.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """`lm train --supervise`: real runs that are killed, started again by themselves, and end as if nothing had been."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,25 +17,37 @@ from lm.checkpoint.checkpoints import list_checkpoints
 ROOT = Path(package.__file__).parent.parent
 Logged = Callable[[Path], list[dict[str, float]]]
 
-# Python imports this at its start. A run kills itself when it has logged as many steps as the first line of the file
-# KILLS says, and takes the line out; of several processes, the second does.
+# Python imports this at its start. A run kills itself when it has logged as many steps as the first word of the file
+# KILLS says, and takes the word out; of several processes, the second does. At the word "meeting" the first does so
+# when it has heard of the second.
 FAULTS = """
 import os, signal, sys
 from pathlib import Path
 
-if "train" in sys.orig_argv and "--supervise" not in sys.orig_argv and os.environ.get("JAX_PROCESS_ID", "1") == "1":
+if "train" in sys.orig_argv and "--supervise" not in sys.orig_argv:
+    from lm.parallel.hub import Hub
     from lm.train.progress import Progress
 
-    kills, update = Path(os.environ["KILLS"]), Progress.update
+    kills, update, send = Path(os.environ["KILLS"]), Progress.update, Hub._send
 
-    def update_and_kill(self, step, values):
-        update(self, step, values)
+    def kill_at(word):
         first, *rest = kills.read_text().split() or ["none"]
-        if str(step) == first:
+        if word == first:
             kills.write_text(" ".join(rest))
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Progress.update = update_and_kill
+    def update_and_kill(self, step, values):
+        update(self, step, values)
+        kill_at(str(step))
+
+    def send_and_kill(self, peer, message):
+        send(self, peer, message)
+        if message == ["heard"] and peer is not self._own:
+            kill_at("meeting")
+
+    Hub._send = send_and_kill
+    if os.environ.get("JAX_PROCESS_ID", "1") == "1":
+        Progress.update = update_and_kill
 """
 
 
@@ -42,7 +55,7 @@ if "train" in sys.orig_argv and "--supervise" not in sys.orig_argv and os.enviro
 def faulty(tmp_path: Path) -> Callable[..., dict[str, str]]:
     """An environment in which runs are killed at these steps."""
 
-    def environment(*steps: int) -> dict[str, str]:
+    def environment(*steps: int | str) -> dict[str, str]:
         (tmp_path / "sitecustomize.py").write_text(FAULTS)
         (tmp_path / "kills").write_text(" ".join(map(str, steps)))
         return os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "KILLS": str(tmp_path / "kills")}
@@ -122,7 +135,7 @@ def test_of_several_processes_one_is_killed_and_all_start_again(
     # collectives allow.
     none_compiled = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
-    def launch(run: str, *steps: int) -> subprocess.CompletedProcess[str]:
+    def launch(run: str, *steps: int | str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "launch.local", "--processes", "2", "--", "train", "tiny.py", "--run.dir", run]
         ended = subprocess.run(
             [*command, "--supervise"],
@@ -141,3 +154,8 @@ def test_of_several_processes_one_is_killed_and_all_start_again(
     assert "[0] lm: supervisor: ended with exit code 6 after " in ended.stderr
     assert ended.stderr.count("starts again in 1.0s") == 2
     assert digests(workplace / "together_again")[12] == digests(workplace / "together")[12]
+    ended = launch("met_late", "meeting")
+    assert "[0] lm: supervisor: killed by SIGKILL after " in ended.stderr
+    assert "[1] lm: supervisor: ended with exit code 6 after " in ended.stderr
+    assert re.search(r"^\[1\] lm: process 0 at \S+ ended before all 2 processes had come", ended.stderr, re.MULTILINE)
+    assert digests(workplace / "met_late")[12] == digests(workplace / "together")[12]

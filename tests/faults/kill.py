@@ -385,8 +385,6 @@ class Harness:
             if "is bad and not used" in ended.output:
                 outcome.lost.append("a checkpoint was bad")
             allowed = [0, -signal.SIGKILL] + [6] * ended.killed
-            if ended.killed and re.search("did not come to|cannot reach the coordinator", ended.output):
-                allowed.append(2)
             wrong = [code for code in ended.codes if code not in allowed]
             if wrong:
                 outcome.lost.append(f"exit codes {ended.codes}")

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from lm.errors import ConfigError, HangError, LostProcessError
+from lm.errors import ConfigError, HangError, LostProcessError, MissingProcessError
 from lm.parallel import processes
 from lm.parallel.hub import Hub
 from lm.parallel.link import Link, join
 from lm.parallel.processes import Processes
-from lm.parallel.wire import Place
+from lm.parallel.wire import Place, frame
 
 FACTS = {"config": {"train.steps": "10"}, "code": {"lm/a.py": "1"}, "version": {"jax": "1"}}
 
@@ -126,14 +126,14 @@ def test_who_is_missing(address: str) -> None:
     results = together(4, lambda i: join(Place(address, 4, i, hosts), FACTS, 1.5, bind=address), only=[0, 2])
     assert time.monotonic() - began < 20
     for error in (results[0], results[2]):
-        assert isinstance(error, ConfigError)
+        assert isinstance(error, MissingProcessError)
         assert f"2 of 4 processes did not come to {address} within 1.5 s: process 1 on b, 3 on d;" in str(error)
 
 
 def test_a_coordinator_that_cannot_be_reached(address: str) -> None:
-    with pytest.raises(ConfigError, match=f"process 1 cannot reach the coordinator .process 0. at {address}: "):
+    with pytest.raises(MissingProcessError, match=f"process 1 cannot reach the coordinator .process 0. at {address}: "):
         join(Place(address, 2, 1), FACTS, 0.5)
-    with pytest.raises(ConfigError, match=r"at no\.such\.host\.invalid:80: "):
+    with pytest.raises(MissingProcessError, match=r"at no\.such\.host\.invalid:80: "):
         join(Place("no.such.host.invalid:80", 2, 1), FACTS, 0.5)
 
 
@@ -145,8 +145,23 @@ def test_a_port_that_is_taken() -> None:
         with pytest.raises(ConfigError, match=rf"port {address.rpartition(':')[2]} .* is taken"):
             join(Place(address, 2, 0), FACTS, 5)
         threading.Thread(target=lambda: other.accept()[0].close(), daemon=True).start()
-        with pytest.raises(ConfigError, match="something else listens there"):
+        with pytest.raises(MissingProcessError, match="something else listens there"):
             join(Place(address, 2, 1), FACTS, 1)
+
+
+def test_the_coordinator_ends_before_all_have_come(address: str) -> None:
+    host, port = address.split(":")
+    with socket.create_server((host, int(port))) as process_0:
+
+        def hear_one_and_end() -> None:
+            sock, _ = process_0.accept()
+            sock.recv(2**16)
+            sock.sendall(frame(["heard"]))
+            sock.close()
+
+        threading.Thread(target=hear_one_and_end, daemon=True).start()
+        with pytest.raises(MissingProcessError, match=f"process 0 at {address} ended before all 3 processes had come"):
+            join(Place(address, 3, 1), FACTS, 5)
 
 
 def test_two_with_one_number(address: str) -> None:

@@ -73,7 +73,8 @@ def supervise(
 
 def test_what_can_be_restarted_is_until_it_is_done(tmp_path: Path) -> None:
     ends = (
-        "(2, signal.SIGKILL), (1, LostProcessError('gone')), (1, StorageError('full')), (1, DataError('late')), "
+        "(2, signal.SIGKILL), (1, LostProcessError('gone')), (1, StorageError('full')), "
+        "(0, MissingProcessError('late')), (1, DataError('late')), "
         "(1, Stopped('preempted')), (0, signal.SIGSEGV), (1, ZeroDivisionError()), (1, ZeroDivisionError()), (1, None)"
     )
     code, said = supervise(tmp_path, START % ends)
@@ -84,6 +85,7 @@ def test_what_can_be_restarted_is_until_it_is_done(tmp_path: Path) -> None:
             ("killed by SIGKILL", "2 or later"),
             ("ended with exit code 6", 3),
             ("ended with exit code 5", 4),
+            ("ended with exit code 6", 4),
             ("ended with exit code 3", 5),
             ("ended with exit code 75", 6),
             ("killed by SIGSEGV", "6 or later"),
@@ -93,7 +95,7 @@ def test_what_can_be_restarted_is_until_it_is_done(tmp_path: Path) -> None:
     ]
     events = read(tmp_path / "journal.jsonl")
     told = [event for event in events if event["event"] == "supervisor"]
-    assert [event["code"] for event in told] == [137, 6, 5, 3, 75, 139, 1, 1]
+    assert [event["code"] for event in told] == [137, 6, 5, 6, 3, 75, 139, 1, 1]
     assert [event["of"] for event in told] == [e["start"] for e in events if e["event"] == "start"][:-1]
 
 
