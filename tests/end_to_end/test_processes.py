@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -325,6 +326,39 @@ def test_a_local_tier_counts_when_all_processes_have_it(place: Place, two: Path)
     problem = f"process 0 on {socket.gethostname()}: it is of another layout of arrays over processes and devices: "
     assert f"[0] local checkpoint {done} is not used: {problem}" in said
     assert "[0] goes on from checkpoint 6\n" in said
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_one_that_is_stopped_for_good_ends_the_other(who: int, place: Place, two: Path, logged: Logged) -> None:
+    name, port = f"frozen_{who}", free_port()
+    command = ("train", "tiny.py", "--run.dir", name, "--sample.tokens=6", "--watchdog.step_seconds=8")
+    variables = {"PYTHONPATH": str(ROOT), "HAPPENS": f"{who} 7 {int(signal.SIGSTOP)}"}
+    options = {"cwd": place.folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *command], env=environment(i, 2, 2, port) | variables, **options
+        )
+        for i in range(2)
+    ]
+    try:
+        os.waitid(os.P_PID, started[who].pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        _, error = started[1 - who].communicate(timeout=60)
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    assert [process.returncode for process in started] == ([-9, 6] if who == 0 else [6, -9])
+    said = "s in step 7, more than watchdog.step_seconds = 8; "
+    assert said in error
+    if who:  # whom only process 0 can name
+        assert re.search(rf"process 1 on {socket.gethostname()} was last heard \d+ s ago, in step 7", error)
+    run = place.folder / name
+    stacks = (run / f"hang.{1 - who}.txt").read_text()
+    assert said in stacks
+    assert "'MainThread'" in stacks
+    place.launch(2, 2, "train", name)
+    assert digests(run)[12] == digests(two)[12]
+    assert logged(run) == logged(two)
 
 
 @pytest.mark.parametrize(

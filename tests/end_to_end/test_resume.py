@@ -1,7 +1,9 @@
 """Whatever ends a run, the same command goes on with it, and nothing in its numbers shows that it ended."""
 
+import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -43,6 +45,41 @@ def contents(folder: Path) -> dict[str, bytes]:
 def copy(stopped: Path, tmp_path: Path) -> Path:
     """A stopped run at another place."""
     return Path(shutil.copytree(stopped, tmp_path / "copy"))
+
+
+HANGS = """
+import sys, threading
+from lm.cli import main
+from lm.train.progress import Progress
+
+update = Progress.update
+
+def update_and_hang(self, step, values):
+    update(self, step, values)
+    if step == 7:
+        threading.Event().wait()
+
+Progress.update = update_and_hang
+sys.exit(main())
+"""
+
+
+def test_a_step_that_hangs_ends_the_run(lm: Lm, undisturbed: Path, workplace: Path, logged: Logged) -> None:
+    command = ["train", "tiny.py", "--run.dir", "hung", "--watchdog.step_seconds", "6"]
+    ended = subprocess.run(
+        [sys.executable, "-c", HANGS, *command], cwd=workplace, capture_output=True, text=True, timeout=240
+    )
+    assert ended.returncode == 6, ended.stdout + ended.stderr
+    *_, line = ended.stderr.splitlines()
+    assert re.match(r"lm: no progress for \d+ s in step 7, more than watchdog.step_seconds = 6; ", line)
+    run = workplace / "hung"
+    assert json.loads((run / "journal.jsonl").read_text().splitlines()[-1])["code"] == 6
+    written = (run / "hang.0.txt").read_text()
+    assert " in update_and_hang\n" in written
+    assert "'MainThread'" in written
+    assert "goes on from checkpoint 6" in lm("train", "hung").stdout
+    assert digests(run)[12] == digests(undisturbed)[12]
+    assert logged(run) == logged(undisturbed)
 
 
 def test_stopped_and_resumed_is_undisturbed(
