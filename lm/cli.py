@@ -468,8 +468,12 @@ def _on_stderr() -> "Progress":
 
 def _checkpoint_list(options: argparse.Namespace) -> None:
     from lm.checkpoint.commands import list_lines, listed
+    from lm.train.journal import read, run_of
 
-    rows = listed(_run_of(options).checkpoints)
+    run, local_dir = _run_of(options), ""
+    with contextlib.suppress(ValueError, LookupError, TypeError):  # without its config, a run has checkpoints still
+        local_dir = json.loads(run.config.read_bytes())["checkpoint"]["local_dir"]
+    rows = listed(run.checkpoints, local_dir=local_dir, run=run_of(read(run.journal)))
     print(json.dumps(rows) if options.json else "\n".join(list_lines(rows)))
 
 

@@ -9,36 +9,27 @@ from typing import Any
 
 from etils import epath
 
+from lm.checkpoint.config import CheckpointConfig
 from lm.checkpoint.folder import names_set_aside, remove, saved_steps, some, to_prune
-from lm.checkpoint.listing import list_checkpoints
+from lm.checkpoint.listing import CheckpointInfo, list_checkpoints
 from lm.checkpoint.manifest import NAME as MANIFEST
 from lm.checkpoint.manifest import BadCheckpoint, Manifest
 from lm.errors import ConfigError, StorageError
 from lm.files import is_url, reason, write_atomically
 
-DURABLE = "durable"
-"""The tier of what is below `<run>/checkpoints`."""
+DURABLE, LOCAL = "durable", "local"
+"""The tier of what is below `<run>/checkpoints`, and of what is in a `checkpoint.local_dir`."""
 
 
-def listed(directory: epath.Path) -> list[dict[str, Any]]:
+def listed(directory: epath.Path, *, local_dir: str = "", run: str = "") -> list[dict[str, Any]]:
     """Each checkpoint: `step`, `status` (good, bad, set aside), `tier`, `bytes`, `time`, `digest`, `problem`, `name`.
 
-    Good is as far as the manifest shows; `verified` reads the rest.
+    Good is as far as the manifest shows; `verified` reads the rest. With a `local_dir` also those on this host that are
+    of the run with this identity: of each process its part, which counts when all processes of the run have theirs.
     """
-    rows: list[dict[str, Any]] = []
-    for info in list_checkpoints(directory):
-        rows.append(
-            {
-                "step": info.step,
-                "status": "good" if info.problem is None else "bad",
-                "tier": DURABLE,
-                "bytes": info.bytes,
-                "time": info.time,
-                "digest": info.digest,
-                "problem": info.problem,
-                "name": str(info.step),
-            }
-        )
+    rows = [_row(info, DURABLE, str(info.step)) for info in list_checkpoints(directory)]
+    if local_dir:
+        rows += _listed_on_this_host(CheckpointConfig(local_dir=local_dir), directory.parent, run)
     for name in names_set_aside(directory):
         step = int(name.partition(".")[0])
         rows.append(
@@ -53,7 +44,30 @@ def listed(directory: epath.Path) -> list[dict[str, Any]]:
                 "name": name,
             }
         )
-    return sorted(rows, key=lambda row: (row["step"], row["name"]))
+    return sorted(rows, key=lambda row: (row["step"], row["tier"], row["name"]))
+
+
+def _listed_on_this_host(config: CheckpointConfig, run_dir: epath.Path, run: str) -> Iterator[dict[str, Any]]:
+    from lm.checkpoint.local import local_directory, steps_of_run  # its import is slow
+
+    for folder in local_directory(config, run_dir).parent.glob("process-*"):
+        steps = steps_of_run(folder, run)
+        for info in list_checkpoints(folder):
+            if info.step in steps:
+                yield _row(info, LOCAL, f"{folder.name}/{info.step}")
+
+
+def _row(info: CheckpointInfo, tier: str, name: str) -> dict[str, Any]:
+    return {
+        "step": info.step,
+        "status": "good" if info.problem is None else "bad",
+        "tier": tier,
+        "bytes": info.bytes,
+        "time": info.time,
+        "digest": info.digest,
+        "problem": info.problem,
+        "name": name,
+    }
 
 
 def list_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -64,6 +78,8 @@ def list_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         if row["status"] == "good":
             size, age = f"{row['bytes'] / 1e6:,.3f}", f"{(now - row['time']) / 3600:,.1f}"
         last = row["digest"] or row["problem"] or f"kept as {row['name']}"
+        if row["tier"] == LOCAL:
+            last += f"  {row['name']}"
         yield f"{row['step']:>10}  {row['status']:<9}  {row['tier']:<7}  {size:>12}  {age:>9}  {last}"
 
 

@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lm.checkpoint.checkpoints import Checkpoints, read_attachment
 from lm.checkpoint.config import CheckpointConfig
 from lm.checkpoint.local import LocalCheckpoints, Restored, restore_newest, steps_of_run
 from lm.checkpoint.manifest import Manifest
+from lm.cli import main
+from lm.train.journal import Journal
 
 MESH = jax.make_mesh((2, 4), ("a", "b"))
 SPECS = {"split": jax.P("a", "b"), "rows": jax.P(("b", "a")), "whole": jax.P(), "half": jax.P(None, "b")}
@@ -80,6 +83,36 @@ def test_round_trip_gives_the_same_bits_types_and_places(tmp_path: Path) -> None
     assert steps_of_run(tier.directory, "first") == [3]
     assert tier.said == []
     assert tier.counts()["local_saves"] == 0
+
+
+def test_those_of_this_host_and_run_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with Journal(run / "journal.jsonl", facts={}, began=0.0, report=pytest.fail) as journal:
+        pass
+    Tier(tmp_path, journal.run, run_dir="elsewhere").write(7)
+    tier = Tier(tmp_path, "another")  # which was in the same place
+    tier.write(6)
+    tier.directory.rename(tier.directory.with_name("process-1"))
+    Tier(tmp_path, journal.run).write(5)
+    shutil.copytree(tier.directory / "5", tier.directory.with_name("process-1") / "5")
+    durable = Checkpoints(run / "checkpoints", CheckpointConfig(), ATTACHMENTS, pytest.fail)
+    assert durable.save(make_state(5), 5)
+    durable.wait()
+    config = {"checkpoint": {"local_dir": str(tmp_path)}}
+    (run / "config.json").write_text(json.dumps(config))
+    assert main(["checkpoint", "list", str(run), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["step"], row["status"], row["tier"], row["name"]) for row in rows] == [
+        (5, "good", "durable", "5"),
+        (5, "good", "local", "process-0/5"),
+        (5, "good", "local", "process-1/5"),
+    ]
+    assert len({row["digest"] for row in rows}) == 1
+    assert main(["checkpoint", "list", str(run)]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.split()[1:3] == ["good", "local"]
+    assert line.endswith(f"  {rows[0]['digest']}  process-1/5")
 
 
 def test_what_devices_hold_alike_is_there_once(tmp_path: Path) -> None:
