@@ -332,7 +332,8 @@ def test_a_local_tier_counts_when_all_processes_have_it(place: Place, two: Path)
 def test_one_that_is_stopped_for_good_ends_the_other(who: int, place: Place, two: Path, logged: Logged) -> None:
     name, port = f"frozen_{who}", free_port()
     command = ("train", "tiny.py", "--run.dir", name, "--sample.tokens=6", "--watchdog.step_seconds=8")
-    variables = {"PYTHONPATH": str(ROOT), "HAPPENS": f"{who} 7 {int(signal.SIGSTOP)}"}
+    # Where neither an evaluation nor a save comes soon: the other one is in a step when it waits.
+    variables = {"PYTHONPATH": str(ROOT), "HAPPENS": f"{who} 4 {int(signal.SIGSTOP)}"}
     options = {"cwd": place.folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [
         subprocess.Popen(
@@ -348,13 +349,13 @@ def test_one_that_is_stopped_for_good_ends_the_other(who: int, place: Place, two
             process.kill()
             process.communicate()
     assert [process.returncode for process in started] == ([-9, 6] if who == 0 else [6, -9])
-    said = "s in step 7, more than watchdog.step_seconds = 8; "
-    assert said in error
+    said = re.compile(r"no progress for \d+ s in step [45], more than watchdog.step_seconds = 8; ")
+    assert said.search(error)
     if who:  # whom only process 0 can name
-        assert re.search(rf"process 1 on {socket.gethostname()} was last heard \d+ s ago, in step 7", error)
+        assert re.search(rf"process 1 on {socket.gethostname()} was last heard \d+ s ago, in step 4", error)
     run = place.folder / name
     stacks = (run / f"hang.{1 - who}.txt").read_text()
-    assert said in stacks
+    assert said.match(stacks)
     assert "'MainThread'" in stacks
     place.launch(2, 2, "train", name)
     assert digests(run)[12] == digests(two)[12]
