@@ -167,8 +167,11 @@ def smallest_changes(config: Config, machine: Machine, sizes: dict[str, int], ne
     full = ("--train.remat", "full", *names) if train.remat != "full" else ()
     host = ("--train.optimizer_memory", "host") if train.optimizer_memory == "device" else ()
 
-    def change(*, remat: bool = False, parts: int = 1, offload: bool = False, chips: int = 1) -> Change:
-        options = full if remat else ()
+    def change(
+        *, once: bool = False, remat: bool = False, parts: int = 1, offload: bool = False, chips: int = 1
+    ) -> Change:
+        options: tuple[str, ...] = ("--recovery.verify_every", "0") if once else ()
+        options += full if remat else ()
         if parts > 1:
             options += ("--train.accumulation", f"{train.accumulation * parts}")
         options += host if offload else ()
@@ -182,6 +185,7 @@ def smallest_changes(config: Config, machine: Machine, sizes: dict[str, int], ne
 
     most = powers[-1] if powers else 1
     options = [
+        *([change(once=True)] if config.recovery.verify_every else []),
         change(remat=True),
         *first(change(parts=parts) for parts in powers),
         change(offload=True),

@@ -408,15 +408,18 @@ def _memory(config: Config, machine: Machine, work: Work) -> MemoryUse:
     update = (5.5 if on_host else 5.0) * work.parameters
     total = max(held + accumulated + work.saved + work.copies + work.moving + max(loss, layer), update)
     gradients = accumulated + (work.layer_parameters if layer > loss else 0)
+    twice = bool(config.recovery.verify_every)
+    again = twice * (work.parameters + (0 if on_host else optimizer))
     return MemoryUse(
         parameters=round(work.parameters * n),
         optimizer=0 if on_host else round(optimizer * n),
         gradients=round(gradients * n),
         saved=round(work.saved * n),
         rest=round(max(0.0, total - held - gradients - work.saved + work.batch) * n),
-        total=round(total * n),
+        again=round(again * n),
+        total=round((total + again) * n),
         capacity=machine.chip.hbm_bytes,
-        host=round((work.offloaded + on_host * optimizer) * n),
+        host=round((work.offloaded + on_host * optimizer * (1 + twice)) * n),
     )
 
 

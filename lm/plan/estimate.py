@@ -108,6 +108,8 @@ class MemoryUse:
     """Activations that the backward pass reads."""
     rest: int
     """What is computed with, the batch and the program."""
+    again: int
+    """The state once more, while a step is computed twice (`recovery.verify_every`)."""
     total: int
     """What has to fit."""
     capacity: int
@@ -343,16 +345,26 @@ def memory_use(program: Program, config: Config, where: Topology, mesh: AnyMesh)
     saved = min(left, program.saved_bytes or 0)
     gradients = min(left - saved, parameters if program.gradient_bytes is None else program.gradient_bytes)
     n = where.chip.devices
+    again = second_state_bytes(config, mesh)
     return MemoryUse(
         parameters=parameters * n,
         optimizer=on_device * n,
         gradients=gradients * n,
         saved=saved * n,
         rest=(peak - parameters - on_device - gradients - saved) * n,
-        total=peak * n,
+        again=again * n,
+        total=(peak + again) * n,
         capacity=where.hbm_bytes * n,
-        host=program.memory.host * n,
+        host=(program.memory.host + (optimizer - on_device) * bool(again)) * n,
     )
+
+
+def second_state_bytes(config: Config, mesh: AnyMesh) -> int:
+    """What a device holds beside a step that is computed twice (lm/train/corruption.py); 0 where none is."""
+    if not config.recovery.verify_every:
+        return 0
+    parameters, optimizer = state_bytes(config, mesh)
+    return parameters + (optimizer if config.train.optimizer_memory == "device" else 0)
 
 
 def state_bytes(config: Config, mesh: AnyMesh) -> tuple[int, int]:

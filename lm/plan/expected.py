@@ -19,7 +19,8 @@ def expect(config: Config, mesh: Mesh) -> Expected | None:
     if machine is None:
         return None
     found = predict(config, machine, dict(mesh.shape))
-    return Expected(found.step_seconds, found.memory.total // machine.chip.devices)
+    memory, devices = found.memory, machine.chip.devices
+    return Expected(found.step_seconds, memory.total // devices, memory.again // devices)
 
 
 def machine_of(mesh: Mesh) -> Machine | None:

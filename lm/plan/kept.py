@@ -40,8 +40,9 @@ def _folder() -> Path:
 
 
 def _key(config: Config, name: str, slices: int) -> str:
-    # What the train step is made of: where data and results lie, and what is logged, change nothing.
-    sections = [configs.to_json(one) for one in (config.model, config.optim, config.train, config.mesh)]
+    # What a step and its memory are made of: where data and results lie, and what is logged, change nothing.
+    parts = (config.model, config.optim, config.train, config.mesh, config.recovery)
+    sections = [configs.to_json(one) for one in parts]
     digest = hashlib.sha256(json.dumps([sections, name, slices, _versions()]).encode())
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())

@@ -13,7 +13,7 @@ from lm.experiment import Config
 from lm.parallel.mesh import AnyMesh, make_mesh
 from lm.plan.advice import Change, program_warnings, size_warnings, smallest_changes
 from lm.plan.compile import compile_train_step
-from lm.plan.estimate import Estimate, MemoryUse, estimate, memory_use
+from lm.plan.estimate import Estimate, MemoryUse, estimate, memory_use, second_state_bytes
 from lm.plan.program import Program, memory_of, read_program
 from lm.plan.topology import Topology, topology
 
@@ -94,13 +94,16 @@ def check_run(config: Config, tokens: float | None, price: float | None) -> floa
 
 def _compile(config: Config, where: Topology) -> jax.stages.Compiled | int:
     """The compiled step or, when it needs more memory than a device has, how many bytes it needs."""
+    again = second_state_bytes(config, make_mesh(config.mesh, where.devices))
     try:
-        return compile_train_step(config, where.devices).compiled
+        compiled = compile_train_step(config, where.devices).compiled
+        total = memory_of(compiled).total + again
+        return total if again and total > where.hbm_bytes else compiled
     except jax.errors.JaxRuntimeError as error:
         needed = needed_memory(str(error))
         if needed is None:
             raise LmError(f"the compiler failed for {where.name}: {error}") from error
-        return needed
+        return needed + again
 
 
 def compiled_changes(config: Config, where: Topology, changes: tuple[Change, ...]) -> tuple[Change, ...]:
@@ -117,7 +120,8 @@ def compiled_changes(config: Config, where: Topology, changes: tuple[Change, ...
             found[place] = dataclasses.replace(change, failed=str(error).splitlines()[0])
             continue
         fits = not isinstance(compiled, int)
-        needed = compiled if isinstance(compiled, int) else memory_of(compiled).total
+        again = second_state_bytes(changed, make_mesh(changed.mesh, where.devices))
+        needed = compiled if isinstance(compiled, int) else memory_of(compiled).total + again
         found[place] = dataclasses.replace(change, needed=needed, fits=fits)
         if fits:
             break

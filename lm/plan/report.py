@@ -98,6 +98,7 @@ def memory_by_kind(memory: MemoryUse, program: Program) -> dict[str, tuple[int, 
         "gradients": (memory.gradients, mark),
         "saved": (memory.saved, mark),
         "rest": (memory.rest, mark),
+        "again": (memory.again, " "),
     }
 
 
@@ -148,8 +149,9 @@ def as_text(plan: Plan) -> str:
 
 
 def _memory_lines(memory: MemoryUse, program: Program) -> list[str]:
-    names = {"saved": "saved activations", "rest": "temporary"}
-    rows = [(names.get(name, name), *value) for name, value in memory_by_kind(memory, program).items()]
+    names = {"saved": "saved activations", "rest": "temporary", "again": "state again, to verify"}
+    kinds = memory_by_kind(memory, program)
+    rows = [(names.get(name, name), *value) for name, value in kinds.items() if name != "again" or memory.again]
     rows.append(("peak", memory.total, "c"))
     lines = [f"  {name:<24} {_gib(size):>10} {mark}" for name, size, mark in rows]
     host = [f"  {'on the host':<24} {_gib(memory.host):>10} c"] if memory.host else []

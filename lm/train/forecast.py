@@ -17,12 +17,14 @@ class Expected:
 
     step_seconds: float
     memory_bytes: int
+    again_bytes: int = 0
+    """Of these, what is there only while a step is computed twice."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name in ("step_seconds", "memory_bytes"):
+            value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{field.name} is {value}")
+                raise ValueError(f"{name} is {value}")
 
 
 Expect = Callable[[Config, Mesh], Expected | None]
@@ -48,8 +50,11 @@ class Forecast:
 
     @property
     def memory_bytes(self) -> int | None:
-        """The peak so far, where the device counts it (evaluations included); else what the compiled step needs."""
-        return self._of_program or _peak_memory(self._device)
+        """The peak so far, where the device counts it (evaluations included); else what the compiled step needs, and
+        beside it when it is computed twice."""
+        if self._of_program is None:
+            return _peak_memory(self._device)
+        return self._of_program + (self._expected.again_bytes if self._expected else 0)
 
     def compared(self, step_seconds: float) -> str | None:
         """Both in one line; None where nothing was predicted."""

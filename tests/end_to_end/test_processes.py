@@ -352,7 +352,7 @@ def test_one_that_is_stopped_for_good_ends_the_other(who: int, place: Place, two
     said = re.compile(r"no progress for \d+ s in step [45], more than watchdog.step_seconds = 8; ")
     assert said.search(error)
     if who:  # whom only process 0 can name
-        assert re.search(rf"process 1 on {socket.gethostname()} was last heard \d+ s ago, in step 4", error)
+        assert re.search(rf"process 1 on {socket.gethostname()} was last heard \d+ s ago, in ", error)
     run = place.folder / name
     stacks = (run / f"hang.{1 - who}.txt").read_text()
     assert said.match(stacks)

@@ -20,7 +20,7 @@ from lm.parallel.layout import Layout
 from lm.parallel.mesh import AXES, MeshConfig, Rule, abstract_mesh
 from lm.plan.analytic import Work, count_work, predict
 from lm.plan.machine import Machine
-from lm.train.config import TrainConfig
+from lm.train.config import RecoveryConfig, TrainConfig
 from lm.train.state import abstract_state
 
 BASE = Config(
@@ -250,6 +250,12 @@ def test_a_prediction() -> None:
     assert on_host.memory.total == found.memory.total - 2 * held
     assert on_host.memory.host == 2 * held
     assert on_host.estimate.times.parts["host"] == on_host.estimate.times.update > 0
+    verified = dataclasses.replace(config, recovery=RecoveryConfig(verify_every=100))
+    for kept, more in ((found, 3 * held), (on_host, held)):  # the state once more, in the memory that it lies in
+        where = "host" if kept is on_host else "device"
+        twice = predict(*_with(verified, machine, sizes, optimizer_memory=where)).memory
+        assert (twice.again, twice.total) == (more, kept.memory.total + more)
+        assert twice.host == 2 * kept.memory.host
     larger = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=2**17))
     assert not predict(larger, machine, sizes).fits
 

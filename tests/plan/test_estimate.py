@@ -25,7 +25,7 @@ from lm.plan.estimate import (
 from lm.plan.program import Kernel, Memory, Program
 from lm.plan.rates import rates_of
 from lm.plan.topology import Topology
-from lm.train.config import TrainConfig
+from lm.train.config import RecoveryConfig, TrainConfig
 
 MEMORY = Memory(arguments=0, outputs=0, alias=0, temporary=0, code=0, peak=10 * GIB, host=GIB)
 CONFIG = Config(
@@ -204,3 +204,15 @@ def test_memory_by_kind() -> None:
     assert (use.capacity, use.host) == (where.chip.hbm_bytes, GIB)
     train = dataclasses.replace(CONFIG.train, optimizer_memory="host")
     assert memory_use(program(), dataclasses.replace(CONFIG, train=train), where, mesh).optimizer == 0
+
+
+def test_a_step_that_is_computed_twice_has_its_state_twice() -> None:
+    where, _ = machine("v5e", (2, 2), fsdp=4)
+    mesh, recovery = abstract_mesh(CONFIG.mesh, 4), RecoveryConfig(verify_every=100)
+    once = memory_use(program(), CONFIG, where, mesh)
+    use = memory_use(program(), dataclasses.replace(CONFIG, recovery=recovery), where, mesh)
+    assert (once.again, use.again) == (0, use.parameters + use.optimizer)
+    assert use == dataclasses.replace(once, again=use.again, total=once.total + use.again)
+    train = dataclasses.replace(CONFIG.train, optimizer_memory="host")
+    use = memory_use(program(), dataclasses.replace(CONFIG, train=train, recovery=recovery), where, mesh)
+    assert (use.again, use.host) == (use.parameters, once.host + once.optimizer)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +54,7 @@ def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert {axis: size for axis, size in found["mesh"].items() if size > 1} == {"fsdp": 4}
     memory = found["memory"]
     parts = sum(memory[f"{part}_bytes"] for part in ("parameters", "optimizer", "gradients", "saved", "rest"))
+    assert memory["again_bytes"] == 0
     assert 0 < parts == memory["total_bytes"] < memory["capacity_bytes"] == int(15.75 * GIB)
     tokens = 8 * 256
     matrices = 2 * (4 * 256 * 256 + 3 * 256 * 512) + 256 * 512
@@ -117,6 +119,21 @@ def test_too_little_memory_is_a_result(capsys: pytest.CaptureFixture[str]) -> No
     assert found["flops_per_step"] is None
     (more,) = found["changes"]  # where the state alone is too much
     assert "times as many chips" in more
+
+
+@needs_libtpu
+def test_the_state_that_verification_holds_must_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"model__vocab_size": 311296, "model__width": 4096, "model__head_dim": 128, "train__batch_size": 2}
+    state = 3 * 4 * 2 * 311296 * 4096 // 4  # of the tables alone, nearly half of the memory
+    assert lm_plan("--json", "--recovery.verify_every", "9", **sizes) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    first, *_ = found["changes"]
+    needed = re.fullmatch(r"--recovery.verify_every 0: compiled: fits with ([0-9.]+) GiB per chip c", first)
+    assert needed is not None, first
+    assert found["memory"]["total_bytes"] - float(needed[1]) * GIB > state
+    assert lm_plan("--recovery.verify_every", "9") == 0
+    assert re.search(r"state again, to verify +0\.0\d\d ", capsys.readouterr().out)
 
 
 @needs_libtpu
