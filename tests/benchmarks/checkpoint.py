@@ -1,4 +1,5 @@
-"""What a save costs training, beside Orbax's CheckpointManager as it comes: same arrays, disk and process, in turn.
+"""What a save costs training, durable and local, beside Orbax's CheckpointManager as it comes: same arrays, disk and
+process, in turn.
 
     python tests/benchmarks/checkpoint.py [--gigabytes 2] [--pairs 3] [--dir FOLDER]
 
@@ -23,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from lm.checkpoint.checkpoints import Checkpoints
 from lm.checkpoint.config import CheckpointConfig
+from lm.checkpoint.local import LocalCheckpoints
 from lm.train.host_memory import keep_freed_memory
 
 ARRAYS, LAYERS = 12, 12
@@ -41,6 +43,20 @@ class Ours:
         self.checkpoints.wait()
 
 
+class Local:
+    """What a host keeps by itself, as training does with `checkpoint.local_dir`: on the same disk here."""
+
+    def __init__(self, folder: Path, state: object):
+        config = CheckpointConfig(local_dir=str(folder / "local"))
+        self.checkpoints = LocalCheckpoints(config, folder, "benchmark", print)
+
+    def save(self, state: object, step: int) -> None:
+        self.checkpoints.save(state, step, {})
+
+    def wait(self) -> None:
+        self.checkpoints.wait()
+
+
 class Orbax:
     def __init__(self, folder: Path, state: object):
         options = ocp.CheckpointManagerOptions(max_to_keep=1)
@@ -53,7 +69,7 @@ class Orbax:
         self.manager.wait_until_finished()
 
 
-SIDES = {"ours": Ours, "orbax": Orbax}
+SIDES = {"ours": Ours, "local": Local, "orbax": Orbax}
 
 
 def make_state(gigabytes: float) -> dict:
