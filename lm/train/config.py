@@ -105,6 +105,7 @@ class WatchdogConfig:
     step_seconds: float = 900.0
     """More than `data.stall_seconds`, which can tell what was not read."""
     evaluation_seconds: float = 3600.0
+    """For each batch of held-out text, and for a sample."""
     save_seconds: float = 3600.0
     """For the part of a save that training waits for."""
 

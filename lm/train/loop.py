@@ -39,6 +39,7 @@ from lm.errors import DivergedError, Stopped, StorageError
 from lm.experiment import Config
 from lm.files import write_unless_there
 from lm.model.flops import flops_per_token, parameter_count, peak_flops
+from lm.model.loss import Batch
 from lm.parallel.layout import layout_of
 from lm.parallel.mesh import make_mesh
 from lm.parallel.processes import ALONE, Processes
@@ -316,7 +317,8 @@ class _Run:
             requests = {"stop": self.stop.received}
             if k > first:
                 requests |= {"save": self.checkpoints.retry_due(), "local save": self.local.due()}
-            wanted = self.processes.meet_before(requests)
+            with self.meter.spending("others"):
+                wanted = self.processes.meet_before(requests)
             self.stopped_by = wanted.get("stop")
             if self.stopped_by:
                 last = k
@@ -331,12 +333,14 @@ class _Run:
                     self.local.save(state, k, self.checkpoints.attachments)
             if self.feed.batches.begins_phase(k):
                 state = self.forget(state)
-            if self.verification and self.is_due(config.recovery.verify_every, k + 1):
-                state, metrics = self.verification.step(k, state, batch)
-            else:
-                state, metrics = self.train_step(state, batch)
+            verification = self.verification if self.is_due(config.recovery.verify_every, k + 1) else None
+            with self.meter.spending("devices"):  # some run a step at once
+                if verification:
+                    state, metrics = verification.step(k, state, batch)
+                else:
+                    state, metrics = self.train_step(state, batch)
             if k + 1 < last:  # the next batch is on its way to the devices while they compute
-                with self.meter.waiting(), self.journal.time("input"):
+                with self.meter.spending("input"), self.journal.time("input"):
                     coming = next(loader)[1]
                 batch = self.feed.put(coming)
             if before is not None:
@@ -359,7 +363,7 @@ class _Run:
     def doing(self, what: str, step: int) -> Iterator[None]:
         """For what is no training, "evaluation" or "save", after so many steps."""
         self.watchdog.phase(what, step)
-        with self.meter.paused(), self.journal.time(what):
+        with self.meter.spending(what), self.journal.time(what):
             yield
         self.watchdog.phase("step", step)
 
@@ -368,9 +372,10 @@ class _Run:
 
     def log(self, k: int, metrics: Metrics, extra: dict[str, float]) -> None:
         """Reads the metrics of step k, which the devices have finished by now or soon will have."""
-        if self.verification:
-            self.verification.check(k)
-        fetched = jax.device_get(metrics)
+        with self.meter.spending("devices"):
+            if self.verification:
+                self.verification.check(k)
+            fetched = jax.device_get(metrics)
         norms = fetched.pop("group_grad_norms")
         values = {name: float(value) for name, value in fetched.items()}
         streak, finite = int(values.pop("bad_streak")), bool(values.pop("finite"))
@@ -399,11 +404,10 @@ class _Run:
 
     def name_slowest(self, k: int) -> None:
         """Says now and then which process holds the others up, if one does."""
-        speed = self.meter.latest
-        note = {"step": k, "step_seconds": speed["step_seconds"], "input": speed["input_wait_seconds"]}
-        self.processes.note("speed", note)
+        self.processes.note("speed", {"step": k, "step_seconds": self.meter.latest["step_seconds"], **self.meter.own})
         if time.monotonic() - self.slowest_said > SLOWEST_SECONDS:
             self.slowest_said = time.monotonic()
+            self.meter.turn()
             if line := slowest(self.processes.notes("speed"), self.processes.name):
                 self.say(line)
 
@@ -419,14 +423,18 @@ class _Run:
         with self.doing("evaluation", k + 1):
             count = len(self.feed.held_out)
             wanted = min(self.config.eval.batches or count, count)
-            result = self.held_out_on(state, [int(i) for i in np.linspace(0, count - 1, wanted).round()])
+            result = self.held_out_on(state, [int(i) for i in np.linspace(0, count - 1, wanted).round()], k + 1)
             self.say(f"after step {k}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte")
             self.sample(state, k)
         return {"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte}
 
-    def held_out_on(self, state: TrainState, which: list[int]) -> HeldOut:
+    def held_out_on(self, state: TrainState, which: list[int], step: int) -> HeldOut:
+        def put(batch: dict[str, np.ndarray]) -> Batch:
+            self.watchdog.phase("evaluation", step)  # anew with each, of which few are ahead of the devices
+            return self.feed.put(batch)
+
         with self.feed.held_out_batches(which) as loader:
-            return held_out_loss(self.eval_step, state.params, (self.feed.put(batch) for _, batch in loader))
+            return held_out_loss(self.eval_step, state.params, (put(batch) for _, batch in loader))
 
     def sample(self, state: TrainState, k: int) -> str:
         if not self.config.sample.tokens:
@@ -509,7 +517,7 @@ class _Run:
     def evaluate_all(self, state: TrainState) -> None:
         steps = self.config.train.steps
         if self.feed.held_out is not None:
-            result = self.held_out_on(state, list(range(len(self.feed.held_out))))
+            result = self.held_out_on(state, list(range(len(self.feed.held_out))), steps)
             self.summaries.amend_last(
                 steps - 1, {"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte}
             )

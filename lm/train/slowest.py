@@ -13,7 +13,8 @@ CAUSES = {
     "evaluation": "evaluates",
     "host": "computes on the host",
 }
-"""The seconds that a process notes, each of its own and per step, beside `step_seconds` and `step`."""
+"""The seconds that a process notes, each of its own and per step, beside `step_seconds` and `step`. On the host: what
+is none of the others, and no waiting for devices or other processes."""
 
 
 def slowest(notes: Mapping[int, tuple[float, Mapping[str, float]]], name: Callable[[int], str]) -> str | None:

@@ -328,6 +328,28 @@ def test_a_local_tier_counts_when_all_processes_have_it(place: Place, two: Path)
     assert "[0] goes on from checkpoint 6\n" in said
 
 
+SAVES_SLOWLY = """
+import os, time
+from lm.checkpoint.checkpoints import Checkpoints
+from lm.train import loop
+
+start, loop.SLOWEST_SECONDS = Checkpoints._start, 0.0
+
+def start_slowly(self, *arguments, **options):
+    start(self, *arguments, **options)
+    time.sleep(3.0 if os.environ["JAX_PROCESS_ID"] == "1" else 0.0)
+
+Checkpoints._start = start_slowly
+"""
+
+
+def test_one_that_saves_slowly_is_named(place: Place) -> None:
+    command = ("train", "tiny.py", "--run.dir", "saves_slowly", "--eval.every=0")
+    said = place.launch(2, 1, *command, program=SAVES_SLOWLY + PROGRAM).stdout
+    line = rf"^\[0\] process 1 on {socket.gethostname()} holds the others up: it saves for \S+ s of each step, "
+    assert re.search(line, said, re.MULTILINE), said
+
+
 @pytest.mark.parametrize("who", [0, 1])
 def test_one_that_is_stopped_for_good_ends_the_other(who: int, place: Place, two: Path, logged: Logged) -> None:
     name, port = f"frozen_{who}", free_port()

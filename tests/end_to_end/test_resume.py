@@ -82,6 +82,36 @@ def test_a_step_that_hangs_ends_the_run(lm: Lm, undisturbed: Path, workplace: Pa
     assert logged(run) == logged(undisturbed)
 
 
+SLOWLY = """
+import sys, time
+from lm.cli import main
+from lm.data.batches import Evaluation
+
+batch = Evaluation.batch
+
+def batch_later(self, *arguments):
+    time.sleep(0.7)
+    return batch(self, *arguments)
+
+Evaluation.batch = batch_later
+sys.exit(main())
+"""
+
+
+def test_a_long_evaluation_that_gets_further_is_no_hang(workplace: Path) -> None:
+    command = ["train", "tiny.py", "--run.dir", "evaluated_slowly", "--train.steps=2", "--checkpoint.every=0"]
+    ended = subprocess.run(
+        [sys.executable, "-c", SLOWLY, *command, "--watchdog.evaluation_seconds=4"],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    last = json.loads((workplace / "evaluated_slowly" / "journal.jsonl").read_text().splitlines()[-1])
+    assert last["milliseconds"]["evaluation"] > 6000
+
+
 def test_stopped_and_resumed_is_undisturbed(
     lm: Lm, undisturbed: Path, stopped: Path, copy: Path, logged: Logged
 ) -> None:

@@ -1,5 +1,6 @@
 """A prediction beside what is measured: numbers for metrics.jsonl, and a line for people."""
 
+import contextlib
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -100,8 +101,32 @@ def test_the_mean_step_leaves_out_the_first_interval_and_pauses(monkeypatch: pyt
     now = 8.0
     meter.read(9)
     assert (meter.intervals, meter.mean_step_seconds) == (2, 0.25)
-    with meter.paused():
+    with meter.spending("save"):
         now = 100.0
     now = 102.0
     meter.read(13)
     assert meter.mean_step_seconds == pytest.approx(3 / 8)
+
+
+def test_what_a_process_spends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(meter_module, "time", SimpleNamespace(monotonic=lambda: now))
+    meter = Meter(tokens_per_step=1, flops_per_token=1.0, peak_flops=None)
+    meter.start(0)
+
+    def four_steps(last: int, **seconds: float) -> dict[str, float]:
+        nonlocal now
+        for what, value in seconds.items():
+            with contextlib.nullcontext() if what == "host" else meter.spending(what):
+                now += value
+        meter.read(last)
+        return meter.own
+
+    first = four_steps(3, input=1.0, devices=20.0, host=2.0, save=8.0)
+    assert first == {"input": 0.25, "host": 0.5, "save": 2.0, "evaluation": 0.0}
+    assert meter.latest["step_seconds"] == 23 / 4
+    assert four_steps(7, input=3.0, evaluation=4.0) == {"input": 0.5, "host": 0.25, "save": 1.0, "evaluation": 0.5}
+    meter.turn()  # a save counts long enough to be seen where steps are many and saves few
+    assert four_steps(11, devices=1.0)["save"] == 8.0 / 12
+    meter.turn()
+    assert four_steps(15, devices=1.0) == {"input": 0.0, "host": 0.0, "save": 0.0, "evaluation": 0.0}
