@@ -18,6 +18,7 @@ from lm.plan.expected import expect, machine_of
 from lm.plan.machine import Machine
 from lm.plan.topology import topology
 from lm.train.config import TrainConfig
+from lm.train.forecast import Expected
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'lm[plan]'"
@@ -78,13 +79,13 @@ def test_a_device_has_its_part_of_the_chip(monkeypatch: pytest.MonkeyPatch) -> N
 
     def predict(*given: Any) -> Any:
         seen.append(given)
-        return SimpleNamespace(step_seconds=0.5, memory=SimpleNamespace(total=2**30))
+        return SimpleNamespace(step_seconds=0.5, memory=SimpleNamespace(total=2**30, again=2**28))
 
     monkeypatch.setattr(module, "predict", predict)
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1), topology("tpu7x:2x2x1").devices)
     found = expect(CONFIG, mesh)
     assert found is not None
-    assert (found.step_seconds, found.memory_bytes) == (0.5, 2**29)
+    assert found == Expected(0.5, memory_bytes=2**29, again_bytes=2**27)
     sizes = {"stage": 1, "data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
     assert seen == [(CONFIG, machine_of(mesh), sizes)]
 

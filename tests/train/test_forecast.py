@@ -36,6 +36,12 @@ def test_a_device_that_does_not_count_is_said_to_use_what_the_program_needs(comp
     }
 
 
+def test_what_is_beside_a_step_that_is_computed_twice_counts(compiled: jax.stages.Compiled) -> None:
+    expected = Expected(0.41, 12_000_000, again_bytes=3_000_000)
+    assert Forecast(expected, compiled, jax.devices()[0]).memory_bytes == 11_000_000
+    assert Forecast(expected, compiled, counting(10)).memory_bytes == 10
+
+
 def test_what_is_temporary_counts() -> None:
     ones = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
     compiled = jax.jit(lambda a: jnp.sort(a @ a, axis=0).sum()).lower(ones).compile()
