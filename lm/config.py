@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lm.errors import ConfigError
+from lm.errors import ConfigError, StorageError
 from lm.fields import (
     declarations,
     decode,
@@ -269,8 +269,13 @@ def _read_json(source: str) -> Any:
         raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
-    except (OSError, ImportError, KeyError) as error:  # the last for a URL that epath knows nothing of
+    except ConfigError:
+        raise
+    except (ImportError, KeyError) as error:  # the last for a URL that epath knows nothing of
         raise ConfigError(f"{source}: cannot be read: {error}") from error
+    except Exception as error:  # storage libraries raise classes of their own beside OSError
+        kind = StorageError if "://" in source else ConfigError  # a bucket may answer the next time
+        raise kind(f"{source}: cannot be read: {error}") from error
     return data
 
 

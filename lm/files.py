@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and logs that grow; local paths and bucket URLs alike."""
 
 import contextlib
+import logging
 import os
 import platform
 import re
@@ -11,6 +12,13 @@ from typing import Protocol
 from etils import epath
 
 from lm.errors import StorageError
+
+# gcsfs logs a page for each failure that it also raises, and what is raised is reported in a line.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+# tensorstore, by which Orbax reads and writes buckets, waits for an answer for ever, and one that was lost would end the
+# run with no good checkpoint. Where nothing comes for so long, it now asks again.
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 
 UPLOAD_SECONDS = 30.0  # an object in a bucket cannot grow: it is written again, whole, at most this often
 
@@ -28,13 +36,13 @@ def write_atomically(path: str | os.PathLike[str], contents: bytes) -> None:
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             _replace_local(target, contents)
-    except OSError as error:
+    except Exception as error:  # storage libraries raise classes of their own beside OSError
         raise StorageError(f"cannot write {target}: {reason(error)}") from error
 
 
 def write_unless_there(path: str | os.PathLike[str], contents: bytes) -> None:
     """As `write_atomically`; a disk that is full does not matter when the file is as it should be already."""
-    with contextlib.suppress(Exception):  # storage libraries raise classes of their own beside OSError
+    with contextlib.suppress(Exception):
         if epath.Path(path).read_bytes() == contents:
             return
     write_atomically(path, contents)
@@ -84,7 +92,7 @@ class AppendOnlyFile:
         with self._mutex:
             try:
                 write()
-            except Exception as error:  # storage libraries raise classes of their own beside OSError
+            except Exception as error:
                 if not self._failed:
                     self._failed = True
                     self._report(

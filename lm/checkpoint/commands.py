@@ -158,7 +158,9 @@ def copy(directory: epath.Path, step: int, run: epath.Path, target: epath.Path, 
         write_atomically(folder / MANIFEST, (source / MANIFEST).read_bytes())
         _verify(manifest, folder)
         write_atomically(target / "config.json", (folder / "config.json").read_bytes())
-    except OSError as error:
+    except StorageError:
+        raise
+    except Exception as error:  # storage libraries raise classes of their own beside OSError
         raise StorageError(f"{source} could not be copied to {folder}: {reason(error)}") from error
     say(
         f"step {step} of {run} is in {target}, {manifest.bytes:,} bytes\n"
@@ -194,7 +196,7 @@ def prune(
         if not dry_run:
             try:
                 remove(directory / str(step))
-            except OSError as error:
+            except Exception as error:
                 raise StorageError(f"{directory / str(step)} could not be removed: {reason(error)}") from error
         say(f"{step:>10}  {'would be removed' if dry_run else 'removed'}")
     return steps

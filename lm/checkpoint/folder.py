@@ -4,12 +4,14 @@ A folder without a manifest is what a killed save, or a killed removal, left beh
 set aside: nothing reads it, and nothing here removes it.
 """
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from etils import epath
 
 from lm.checkpoint.manifest import NAME as MANIFEST
+from lm.errors import StorageError
 from lm.files import is_url, reason
 
 STATE = "state"
@@ -17,20 +19,18 @@ STATE = "state"
 
 
 def saved_steps(directory: epath.Path) -> list[int]:
-    """Steps that were committed, in order."""
-    return [int(folder.name) for folder in _numbered(directory) if (folder / MANIFEST).exists()]
+    """Steps that were committed, in order. Raises StorageError when that cannot be known."""
+    return [int(folder.name) for folder, whole in _numbered(directory) if whole]
 
 
 def half_written(directory: epath.Path) -> list[epath.Path]:
     """What killed saves left, and a save that is going on."""
-    return [folder for folder in _numbered(directory) if not (folder / MANIFEST).exists()]
+    return [folder for folder, whole in _numbered(directory) if not whole]
 
 
 def names_set_aside(directory: epath.Path) -> list[str]:
     """Names of the checkpoints that were set aside, oldest step first."""
-    if not directory.exists():
-        return []
-    found = [path.name for path in directory.iterdir() if re.fullmatch(r"\d+\.bad\d*", path.name)]
+    found = [path.name for path in _inside(directory) if re.fullmatch(r"\d+\.bad\d*", path.name)]
     return sorted(found, key=lambda name: (int(name.partition(".")[0]), len(name), name))
 
 
@@ -40,7 +40,7 @@ def set_aside(folder: epath.Path) -> str:
     target = next(path for path in (folder.with_name(name) for name in names) if not path.exists())
     try:
         folder.rename(target)
-    except OSError as error:
+    except Exception as error:  # storage libraries raise classes of their own beside OSError
         return f"it could not be renamed: {reason(error)}"
     return f"it is kept as {target.name}"
 
@@ -67,8 +67,21 @@ def some(items: Iterable[str], separator: str = ", ") -> str:
     return separator.join(first[:3] + more)
 
 
-def _numbered(directory: epath.Path) -> list[epath.Path]:
-    if not directory.exists():
-        return []
-    folders = [path for path in directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name)]
-    return sorted(folders, key=lambda path: int(path.name))
+def _numbered(directory: epath.Path) -> list[tuple[epath.Path, bool]]:
+    """In order of their steps; and whether they were committed."""
+    folders = [path for path in _inside(directory) if re.fullmatch("0|[1-9][0-9]*", path.name)]
+    with _listing(directory):
+        return [(path, (path / MANIFEST).exists()) for path in sorted(folders, key=lambda path: int(path.name))]
+
+
+def _inside(directory: epath.Path) -> list[epath.Path]:
+    with _listing(directory):
+        return list(directory.iterdir()) if directory.exists() else []
+
+
+@contextlib.contextmanager
+def _listing(directory: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # storage libraries raise classes of their own beside OSError
+        raise StorageError(f"cannot list the checkpoints in {directory}: {reason(error)}") from error

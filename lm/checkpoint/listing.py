@@ -8,6 +8,7 @@ from etils import epath
 from lm.checkpoint.folder import saved_steps, some
 from lm.checkpoint.manifest import BadCheckpoint, Manifest
 from lm.errors import StorageError
+from lm.files import reason
 
 
 @dataclass(frozen=True)
@@ -41,5 +42,7 @@ def read_attachment(directory: str | PathLike[str], step: int, name: str) -> byt
             raise StorageError(f"checkpoint {folder} has no {name}; it has {some(attached) or 'no attachments'}")
         manifest.verify(folder, name)
         return (folder / name).read_bytes()
-    except (BadCheckpoint, OSError) as problem:
-        raise StorageError(f"cannot read {folder / name}: {problem}") from problem
+    except StorageError:
+        raise
+    except Exception as problem:  # storage libraries raise classes of their own beside OSError
+        raise StorageError(f"cannot read {folder / name}: {reason(problem)}") from problem

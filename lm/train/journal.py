@@ -222,9 +222,9 @@ def refuse_lost_checkpoints(run: RunDirectory) -> None:
       ConfigError: the journal says that steps were saved, or without a journal metrics.jsonl that steps were done, and
         there is no checkpoint.
     """
-    from lm.checkpoint.checkpoints import list_checkpoints  # its import is slow, and a supervisor needs no jax
+    from lm.checkpoint.folder import names_set_aside, saved_steps  # the import is slow, and a supervisor needs no jax
 
-    if list_checkpoints(run.checkpoints) or any(run.checkpoints.glob("*.bad*")):
+    if saved_steps(run.checkpoints) or names_set_aside(run.checkpoints):
         return
     events = read(run.journal)
     saved = highest(events, "saved")

@@ -58,7 +58,9 @@ class RunDirectory:
                 f"{error.filename or self.path} is a file, and a run needs a directory of its own: "
                 "choose another run.dir"
             ) from error
-        except OSError as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # storage libraries raise classes of their own beside OSError
             self.__exit__()
             raise StorageError(f"cannot write the run directory {self.path}: {reason(error)}") from error
         return self

@@ -22,7 +22,7 @@ from tensorboard.plugins.text import summary_v2 as text_plugin
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lm.errors import StorageError
-from lm.files import AppendOnlyFile
+from lm.files import AppendOnlyFile, reason
 from lm.train.run_directory import RunDirectory
 
 # Name in metrics.jsonl -> tag in TensorBoard, which shows one section for each first part, by alphabet.
@@ -194,8 +194,8 @@ def _cut(
 ) -> None:
     try:
         contents = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise StorageError(f"cannot read what the run logged before, in {path}: {error}") from error
+    except Exception as error:  # storage libraries raise classes of their own beside OSError
+        raise StorageError(f"cannot read what the run logged before, in {path}: {reason(error)}") from error
     kept = before(contents, step)
     if kept != contents:
         file = AppendOnlyFile(path, report)
