@@ -15,8 +15,8 @@ from lm.errors import StorageError
 
 # gcsfs logs a page for each failure that it also raises, and what is raised is reported in a line.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-# tensorstore, by which Orbax reads and writes buckets, waits for an answer for ever, and one that was lost would end the
-# run with no good checkpoint. Where nothing comes for so long, it now asks again.
+# tensorstore, by which Orbax reads and writes buckets, waits for an answer for ever, and one that was lost would hold a
+# save up until the run is ended. Where nothing comes for so long, it now asks again.
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 

@@ -50,6 +50,7 @@ sys.exit(main())
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[FaultyBucket]:
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+    assert int(os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"]) <= 60  # as lm has set it; here it is 1
     bucket = FaultyBucket()
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in bucket.variables.items():
