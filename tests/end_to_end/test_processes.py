@@ -255,6 +255,17 @@ def test_four_processes_killed_and_two_go_on(place: Place, one: Path, logged: Lo
         assert read[0][step] + read[1][step] == list(map(str, batches.places(step)[1].start))
 
 
+@pytest.mark.parametrize("count", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_what_two_saved_goes_on_in_any_number(count: int, place: Place, one: Path, two: Path, logged: Logged) -> None:
+    run = place.copy(two, f"in_{count}")
+    shutil.rmtree(run / "checkpoints" / "12")
+    done = max(digests(run))
+    split = () if count == 1 else ("--mesh.context=2",)  # a batch has four rows
+    ended = place.launch(count, 1, "train", run.name, *split)
+    assert f"[0] goes on from checkpoint {done}\n" in ended.stdout
+    same_losses(run, one, logged)
+
+
 def test_a_source_that_hangs_in_one_process_ends_all(place: Place) -> None:
     command = ("train", "tiny.py", "--run.dir", "hanging", "--data.stall_seconds=2")
     ended = place.launch(2, 1, *command, code=3, program=STALLS, HAPPENS="hangs", WHERE="1")
