@@ -406,6 +406,16 @@ def test_an_error_in_one_ends_all(how: str, code: int, said: str, place: Place) 
     assert f"[0] lm: process 1 on {socket.gethostname()} (pid " in ended.stderr
 
 
+def test_the_coordinator_is_killed(place: Place, two: Path, logged: Logged) -> None:
+    name = "without_a_head"
+    ended = place.launch(2, 2, "train", "tiny.py", "--run.dir", name, code=137, program=PROGRAM, HAPPENS="0 8 9")
+    assert f"[1] lm: process 0 on {socket.gethostname()} has ended, and so does the run: " in ended.stderr
+    assert "Check failure" not in ended.stderr
+    place.launch(2, 2, "train", name)
+    assert digests(place.folder / name)[12] == digests(two)[12]
+    assert logged(place.folder / name) == logged(two)
+
+
 def test_a_save_that_fails_in_one_fails_in_all_and_the_run_goes_on(place: Place, two: Path) -> None:
     command = ("train", "tiny.py", "--run.dir", "unsaved")
     ended = place.launch(2, 2, *command, program=PROGRAM, SMALL_FILES="1")
