@@ -31,10 +31,10 @@ def write_atomically(path: str | os.PathLike[str], contents: bytes) -> None:
     """
     target = epath.Path(path)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         if is_url(target):
             target.write_bytes(contents)  # a bucket shows an object only when it is complete
         else:
-            target.parent.mkdir(parents=True, exist_ok=True)
             _replace_local(target, contents)
     except Exception as error:  # storage libraries raise classes of their own beside OSError
         raise StorageError(f"cannot write {target}: {reason(error)}") from error
