@@ -3,11 +3,14 @@
 Starts N times `lm train CONFIG …`, each with M simulated CPU devices, joined over loopback as the hosts of a cluster
 are. What they print is prefixed with their number. When one ends with an error, all end, and its exit code is the
 exit code; Ctrl-C and SIGTERM are passed on, so that the run saves and can go on.
+
+As a target of `lm launch` the same processes run in the background of this machine, supervised.
 """
 
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import os
 import re
 import signal
@@ -16,15 +19,59 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from lm.errors import LostProcessError
+
+if TYPE_CHECKING:
+    from launch.background import Background
+    from launch.commands import Commands
 
 ENDING_SECONDS = 10.0
 """What the others have to end by themselves when one has failed; then SIGTERM, and as long again later SIGKILL."""
 _USAGE = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """This machine. Relative paths of the config start where `lm launch` is run."""
+
+    processes: int = 1
+    devices: int = 0
+    """Simulated CPU devices of each process; 0, for a single process: what the machine has."""
+    port: int = 0
+    """Of the first process; 0: one that follows from the name."""
+    folder: str = "~/lm-launches"
+    """For the logs and a copy of the code."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if self.processes < 1:
+            yield "processes", f"must be at least 1, got {self.processes}"
+        if self.devices < (self.processes > 1):
+            yield "devices", f"of each of several processes must be at least 1, got {self.devices}"
+        if not 0 <= self.port < 65536:
+            yield "port", f"must be below 65536, got {self.port}"
+        if not self.folder.startswith(("/", "~/")):
+            yield "folder", f"must start with / or ~/, got {self.folder!r}"
+
+
+def target(name: str, local: Local, commands: "Commands") -> "Background":
+    """The launch of this name on this machine."""
+    from launch.background import Background
+    from launch.hosts import THIS, Host
+
+    port = local.port or 20000 + zlib.crc32(name.encode()) % 10000
+    return Background(
+        name,
+        commands,
+        [Host(str(i), THIS.argv) for i in range(local.processes)],
+        local.folder,
+        lambda i: _place(i, local.processes, local.devices, port) if local.devices else {},
+        os.getcwd(),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,7 +115,7 @@ def run(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> in
             children.append(child)
         mutex = threading.Lock()
         readers = [
-            threading.Thread(target=_copy, args=(index, source, target, mutex), daemon=True)
+            threading.Thread(target=copy_lines, args=(str(index), source, target, mutex), daemon=True)
             for index, child in enumerate(children)
             for source, target in ((child.stdout, sys.stdout.buffer), (child.stderr, sys.stderr.buffer))
         ]
@@ -116,7 +163,8 @@ def _signal(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
             child.send_signal(number)
 
 
-def _copy(index: int, source: IO[bytes], target: IO[bytes], mutex: threading.Lock) -> None:
+def copy_lines(name: str, source: IO[bytes], target: IO[bytes], mutex: threading.Lock) -> None:
+    """Copies whole lines, with a name before each, until the source ends."""
     noise = False
     for line in source:
         # Two threads may break each other's lines: then a part of one, perhaps a number alone, is a line.
@@ -124,7 +172,7 @@ def _copy(index: int, source: IO[bytes], target: IO[bytes], mutex: threading.Loc
         if noise:
             continue
         with mutex, contextlib.suppress(OSError, ValueError):  # a reader that went away ends no run
-            target.write(f"[{index}] ".encode() + line.rstrip(b"\n") + b"\n")
+            target.write(f"[{name}] ".encode() + line.rstrip(b"\n") + b"\n")
             target.flush()
 
 
@@ -139,15 +187,17 @@ def environment(index: int, count: int, devices: int, port: int) -> dict[str, st
     # The code beside this file is what runs, wherever it runs.
     here = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {
+    return os.environ | _place(index, count, devices, port) | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def _place(index: int, count: int, devices: int, port: int) -> dict[str, str]:
+    return {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(count),
         "JAX_PROCESS_ID": str(index),
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": path,
-        "PYTHONUNBUFFERED": "1",
     }
 
 

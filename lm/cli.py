@@ -26,8 +26,16 @@ EPILOG = """\
 CONFIG is a .py file with a `config`, a .json file, or a run directory.
 Every value in it can be overridden: lm train CONFIG --train.steps 50 --run.dir=runs/a
 exit codes: 0 done, 2 config or usage, 3 data, 4 diverged, 5 storage, 6 a hang, or another process ended or did not
-            come, 7 a device computes wrongly, 75 stopped and resumable
+            come, 7 a device computes wrongly, 8 machines failed a launch, 75 stopped and resumable
 """
+_LAUNCH = {
+    "up": "do all that is needed, and start the run or go on with it",
+    "status": "what is there, and how it goes",
+    "logs": "the end of the log",
+    "stop": "end the run so that it saves and can go on",
+    "delete": "remove what was launched; what the run has written stays",
+    "write": "write what would be handed in, to a folder",
+}
 _BEGAN = time.monotonic()
 _OVERRIDE = re.compile(r"--[A-Za-z_]\w*(\.\w+)+(=.*)?", re.DOTALL)
 
@@ -148,6 +156,21 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--price", type=float, metavar="DOLLARS", help="of one chip for an hour")
     verb.add_argument("--search", action="store_true", help="find the best mesh, accumulation, remat and offload")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
+
+    launch = add_group("launch", "train on other machines: ssh, SLURM, GKE; or here, in the background")
+    for name, about in _LAUNCH.items():
+        verb = add(launch, name, _launch, about, overrides=True)
+        verb.add_argument("machines", metavar="MACHINES", help="a .py file with the target; see launch/README.md")
+        if name in ("up", "write"):
+            verb.add_argument("config", metavar="CONFIG")
+        if name in ("up", "logs"):
+            verb.add_argument("--follow", action="store_true", help="show the log until the run ends")
+        if name == "write":
+            verb.add_argument("--out", metavar="DIR", help="default: the name of the launch")
+        if name in ("up", "delete"):
+            verb.add_argument("--yes", action="store_true", help="do not ask")
+        verb.add_argument("--dry-run", action="store_true", help="print the commands, and do nothing")
+        verb.set_defaults(launch=name)
 
     configs = add_group("config", "look at configs")
     verb = add(configs, "show", _config_show, "all values, and what each parameter gets", overrides=True)
@@ -332,6 +355,24 @@ def _search(options: argparse.Namespace, config: "Config") -> None:
     if found.interrupted:  # the compiler goes on in its thread, and cannot be told to stop
         sys.stdout.flush()
         os._exit(130)
+
+
+def _launch(options: argparse.Namespace) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed here
+    from launch.command import launch
+
+    def load(overrides: list[str]) -> "Config":
+        return _load(argparse.Namespace(config=options.config, overrides=overrides))
+
+    given = {name: getattr(options, name) for name in ("follow", "yes", "out") if hasattr(options, name)}
+    launch(
+        options.launch,
+        options.machines,
+        options.overrides,
+        load=load if "config" in options else None,
+        dry_run=options.dry_run,
+        **given,
+    )
 
 
 def _config_show(options: argparse.Namespace) -> None:

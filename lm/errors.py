@@ -59,6 +59,12 @@ class CorruptionError(LmError):
     exit_code = 7
 
 
+class LaunchError(LmError):
+    """Machines could not be had or reached, or did not do what a launch needs of them."""
+
+    exit_code = 8
+
+
 class Stopped(BaseException):
     """The run was asked to stop, has saved its state, and goes on when started again.
 

@@ -1,0 +1,275 @@
+"""A run in the background of machines that a shell reaches: local processes, ssh, Cloud TPU VMs.
+
+On each host there is one folder for the launch. In it: the code, by its digest; for each process i a folder with its
+config, program, log, exit code, and a lock that is held for as long as anything of it runs. Hosts may share the folder.
+"""
+
+import contextlib
+import getpass
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from launch.commands import Commands
+from launch.hosts import Host, Hosts, raise_failed
+from launch.local import copy_lines
+from launch.target import Run, Target, ended, shell_path, write_files
+from launch.tree import ROOT, pack
+from lm.errors import LaunchError
+
+SYNC_SECONDS = 1800.0
+STOP_SECONDS = 900.0
+_OTHERS, _RUNNING = 20, 21
+_PACKAGES = ("jax", "flax", "optax", "orbax.checkpoint", "grain", "sentencepiece")
+
+
+class Background(Target):
+    """One process of a run on each of `hosts`.
+
+    Args:
+      folder: on the hosts, for launches; ~/ is the home there.
+      variables: the environment of process i, with how it finds the others.
+      workdir: where relative paths of the config start; default: the launch's own folder.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        commands: Commands,
+        hosts: Sequence[Host],
+        folder: str,
+        variables: Callable[[int], Mapping[str, str]],
+        workdir: str | None = None,
+    ):
+        super().__init__(name, commands)
+        self.hosts = Hosts(hosts, commands)
+        self.base = shell_path(f"{folder.rstrip('/')}/{name}")
+        self.variables = variables
+        self.workdir = shell_path(workdir) if workdir else self.base
+
+    def up(self, run: Run) -> None:
+        nothing = f"nothing was started; what was copied goes with `{self.verb('delete')}`"
+        with self.commands.stage(f"looking at {len(self.hosts.hosts)} host(s)", "nothing was changed anywhere"):
+            self.reach()
+        archive, code = pack()
+        digest = run.digest(code)
+        with self.commands.stage("looking for another launch of this name", nothing):
+            running = self._claim(digest)
+            if all(running):
+                self.commands.say(f"{self.name} is running already: {self.verb('logs --follow')}")
+                return
+        with self.commands.stage(f"copying the code ({len(archive) / 2**20:.1f} MiB)", nothing):
+            self._sync(archive, code)
+        with self.commands.stage("looking at Python there", nothing):
+            self._check_python(run)
+        some = f"it may run on some hosts: `{self.verb('stop')}` ends it there, `{self.verb('up')}` starts the rest"
+        with self.commands.stage("starting", some):
+            self._start(run, code, digest, running)
+        if not self.commands.dry_run:
+            self.commands.say(f"{self.name} is running: {self.verb('logs --follow')}, {self.verb('status')}")
+
+    def reach(self) -> None:
+        """Raises LaunchError that names the hosts which cannot be reached, or have not what is needed there."""
+        script = """\
+for it in bash tar gzip flock setsid; do
+    command -v $it > /dev/null || { echo there is no program $it there >&2; exit 1; }
+done"""
+        self.hosts.each(script, "nothing was started, as these hosts cannot be used")
+
+    def status(self) -> None:
+        done = self.hosts.try_each(
+            lambda i: f"cd {self.base} 2>/dev/null || exit 22\n{_state(i)}\ntail -n 1 {i}/log.txt"
+        )
+        failed = self.hosts.failed(done, {22: f"no launch {self.name} there"})
+        for host, one in zip(self.hosts.hosts, done, strict=True):
+            if self.commands.dry_run:
+                continue
+            state, _, last = one.out.strip().partition("\n")
+            word = "running" if state == "running" else "not started" if not state else ended(state)
+            self.commands.say(f"{host.name}: {failed.get(host.name, word)}{'  | ' + last if last else ''}")
+        if any(one.code not in (0, 22) for one in done):
+            raise LaunchError(f"what {self.name} does on hosts that did not answer cannot be known")
+
+    def logs(self, *, follow: bool) -> None:
+        def script(i: int) -> str:
+            if not follow:
+                return f"cd {self.base} && tail -n 100 {i}/log.txt"
+            return f"cd {self.base} && exec tail -n 100 -F --pid=$(cat {i}/pid) {i}/log.txt 2>/dev/null"
+
+        if self.commands.dry_run:
+            self.hosts.try_each(script)
+            return
+        children = [
+            subprocess.Popen(
+                host.command(script(i)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            for i, host in enumerate(self.hosts.hosts)
+        ]
+        mutex = threading.Lock()
+        readers = [
+            threading.Thread(target=copy_lines, args=(host.name, child.stdout, sys.stdout.buffer, mutex), daemon=True)
+            for host, child in zip(self.hosts.hosts, children, strict=True)
+        ]
+        try:
+            for reader in readers:
+                reader.start()
+            for reader in readers:
+                reader.join()
+        except KeyboardInterrupt:
+            self.commands.say(f"the run goes on; {self.verb('stop')} ends it")
+        finally:
+            for child in children:
+                with contextlib.suppress(ProcessLookupError):
+                    child.terminate()
+                child.wait()
+
+    def stop(self) -> None:
+        waits = f"it was asked to stop and may still be saving: `{self.verb('status')}` tells"
+        with self.commands.stage("stopping, which saves first", waits):
+            done = self.hosts.try_each(
+                lambda i: (
+                    f"cd {self.base} || exit 22\n"
+                    f"flock -n {i}/lock true && exit 0\n"
+                    f"kill -TERM $(cat {i}/pid) && flock -w {STOP_SECONDS:.0f} {i}/lock true"
+                ),
+                seconds=STOP_SECONDS + 60,
+            )
+            failed = self.hosts.failed(done, {22: f"no launch {self.name} there"})
+            raise_failed(f"{self.name} may still be running on these hosts", failed)
+        self.status()
+
+    def delete(self) -> None:
+        hosts = ", ".join(host.name for host in self.hosts.hosts)
+        self.commands.ask(f"Remove code and logs of {self.name} on {hosts}?")
+        partly = f"some hosts may still have files of it: `{self.verb('delete')}` removes the rest"
+        with self.commands.stage(f"removing {self.name}", partly):
+            said = self.hosts.each(
+                lambda i: (
+                    f"""\
+cd {self.base} 2> /dev/null || exit 0
+[ ! -e owner ] || [ "$(cat owner)" = {shlex.quote(_owner())} ] || {{ cat owner; exit {_OTHERS}; }}
+[ ! -d {i} ] || flock -n {i}/lock true || exit {_RUNNING}
+rm -rf {i} new-{i}
+ls -d [0-9]* > /dev/null 2>&1 || rm -rf code-* owner
+cd .. && rmdir {self.base} 2> /dev/null || ls {self.base}"""
+                ),
+                "not removed",
+                codes={_RUNNING: f"still runs there; {self.verb('stop')}", _OTHERS: "is a launch of {said}"},
+            )
+        for host, left in zip(self.hosts.hosts, said, strict=True):
+            if left.strip():
+                self.commands.say(f"{host.name}: what the run has written stays: {' '.join(left.split())}")
+
+    def write(self, run: Run, folder: Path) -> None:
+        _, code = pack()
+        count = len(self.hosts.hosts)
+        files = {f"{i}/run.sh": self._program(i, run, code, run.digest(code)) for i in range(count)}
+        write_files({"config.json": run.config, **files}, folder, self.commands)
+
+    # Stages of `up`
+
+    def _claim(self, digest: str) -> list[bool]:
+        """Makes the name ours on all hosts; whether it runs there, by host.
+
+        Raises LaunchError when it is somebody else's, or runs with another config or code.
+        """
+
+        def script(i: int) -> str:
+            return f"""\
+mkdir -p {self.base}/{i} && cd {self.base} || exit 1
+echo {shlex.quote(_owner())} > {i}/owner || exit 1
+ln {i}/owner owner 2>/dev/null
+[ "$(cat owner)" = {shlex.quote(_owner())} ] || {{ cat owner; rm -r {i}/owner; exit {_OTHERS}; }}
+flock -n {i}/lock true && exit 0
+[ "$(cat {i}/digest)" = {digest} ] || exit {_RUNNING}
+echo running"""
+
+        said = self.hosts.each(
+            script,
+            f"{self.name} was not started",
+            codes={
+                _OTHERS: "a launch of this name is there, of {said}: take another name, or have it deleted",
+                _RUNNING: f"it is running there with another config or other code; first {self.verb('stop')}",
+            },
+        )
+        return ["running" in one for one in said]
+
+    def _sync(self, archive: bytes, code: str) -> None:
+        there = self.hosts.each(f"test -d {self.base}/code-{code} && echo there || true", "the code was not copied")
+        missing = [i for i, said in enumerate(there) if "there" not in said]
+        hosts = Hosts([self.hosts.hosts[i] for i in missing], self.commands)
+
+        def script(place: int) -> str:
+            new = f"new-{missing[place]}"
+            return f"""\
+cd {self.base} && rm -rf {new} && mkdir {new} && tar -xzf - -C {new} || {{ rm -rf {new}; exit 1; }}
+mv -T {new} code-{code} 2>/dev/null || {{ rm -rf {new}; test -d code-{code}; }}"""
+
+        if missing:
+            what = "the code could not be copied, and nothing was started"
+            hosts.each(script, what, given=archive, seconds=SYNC_SECONDS)
+
+    def _check_python(self, run: Run) -> None:
+        check = (
+            "import importlib.util as u, sys; sys.version_info < (3, 11) and sys.exit('Python 3.11 or newer is needed, "
+            "there is %d.%d' % sys.version_info[:2]); "
+            f"no = [n for n in {_PACKAGES!r} if u.find_spec(n.partition('.')[0]) is None]; "
+            "sys.exit('not installed there: ' + ', '.join(no) if no else 0)"
+        )
+        script = "\n".join([*run.prelude({}, "."), f"{run.python} -c {shlex.quote(check)}"])
+        self.hosts.each(script, "nothing was started, as Python there cannot run it (see python and setup)")
+
+    def _program(self, i: int, run: Run, code: str, digest: str) -> str:
+        own = f"{self.base}/{i}"
+        return "\n".join(
+            [
+                f"exec >> {own}/log.txt 2>&1 < /dev/null",
+                f"own={own} code={self.base}/code-{code}",
+                'rm -f "$own"/exit',
+                f'echo {digest} > "$own"/digest',
+                """trap 'echo $? > "$own"/exit' EXIT""",
+                f"mkdir -p {self.workdir} && cd {self.workdir} || exit 1",
+                *run.prelude(self.variables(i), '"$code"'),
+                run.command('"$own"/config.json', supervise=True) + " &",
+                'echo $! > "$own"/pid',
+                "wait $!",
+                "",
+            ]
+        )
+
+    def _start(self, run: Run, code: str, digest: str, running: Sequence[bool]) -> None:
+        def script(i: int) -> str:
+            if running[i]:
+                return "true"
+            return f"""\
+cd {self.base} && rm -f {i}/pid
+cat > {i}/config.json || exit 1
+printf %s {shlex.quote(self._program(i, run, code, digest))} > {i}/run.sh || exit 1
+setsid flock -n -E {_RUNNING} {i}/lock bash {i}/run.sh > /dev/null 2>&1 < /dev/null &
+for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do [ -s {i}/pid ] && exit 0; sleep 0.5; done
+tail -n 1 {i}/log.txt; exit 1"""
+
+        ended = self.hosts.try_each(script, given=run.config.encode())
+        failed = self.hosts.failed(ended)
+        if not failed:
+            return
+        # A part of a run only waits for the rest, and that may cost.
+        self.hosts.try_each(lambda i: "true" if running[i] else f"cd {self.base} && kill -TERM $(cat {i}/pid)")
+        raise_failed("it could not be started on these hosts, and was stopped on the others", failed)
+
+
+def _owner() -> str:
+    """Who launches, from where: going on with a launch is for the same."""
+    return f"{getpass.getuser()}@{socket.gethostname()}:{ROOT}"
+
+
+def _state(i: int) -> str:
+    """Shell that prints `running`, or the exit code, or that there is none."""
+    return (
+        f"[ -e {i}/digest ] || exit 0\n"
+        f"if ! flock -n {i}/lock true; then echo running; elif [ -s {i}/exit ]; then cat {i}/exit; else echo none; fi"
+    )

@@ -1,0 +1,42 @@
+"""Whether a config fits the TPU slices that it is for, before anything is created. Nothing is compiled."""
+
+import math
+
+from lm.errors import ConfigError
+from lm.experiment import Config
+
+
+def check_fits(config: Config, topology: str, slices: int) -> str:
+    """A line with what the model of `lm plan` predicts.
+
+    Raises ConfigError for a topology that there is not, a mesh or batch that does not divide, and a step that does
+    not fit the memory of a chip, with the smallest changes that help.
+    """
+    from lm.parallel.mesh import abstract_mesh  # these load jax
+    from lm.plan.advice import smallest_changes
+    from lm.plan.analytic import predict
+    from lm.plan.machine import Machine, between_slices
+    from lm.plan.topology import parse_name, wrapped
+    from lm.train.describe import describe_sharding
+
+    chip, shape = parse_name(topology)
+    machine = Machine(chip, shape, slices, (wrapped(chip, shape),) * len(shape))
+    mesh = abstract_mesh(config.mesh, machine.devices)
+    sizes = dict(mesh.shape)
+    where = f"{slices} x {topology}" if slices > 1 else topology
+    if math.prod(between_slices(machine, sizes).values()) != slices:
+        raise ConfigError(
+            f"mesh: data {sizes['data']} x stage {sizes['stage']} cannot be spread over {slices} slices: make "
+            f"mesh.data (or mesh.stage) a multiple of {slices}"
+        )
+    describe_sharding(config, mesh)  # raises for what does not divide
+    found = predict(config, machine, sizes)
+    needed, there = found.memory.total / 2**30, found.memory.capacity / 2**30
+    if not found.fits:
+        changes = smallest_changes(config, machine, sizes, found.memory.total)
+        hints = "".join(f"\n    {change.text(chip.devices)}" for change in changes)
+        raise ConfigError(
+            f"the config does not fit {where}: by the model of `lm plan` a step needs {needed:.1f} GiB a device of "
+            f"{there:.1f} GiB. Nothing was created.{' What would help:' if hints else ''}{hints}"
+        )
+    return f"fits {where}: {needed:.1f} of {there:.1f} GiB a device, {found.step_seconds:.2f} s a step by the model"

@@ -1,0 +1,215 @@
+"""Runs in the background of this machine: the verbs, and what is refused."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import Launch, command, environment, losses, undisturbed
+
+MACHINES = """
+import sys
+from launch.config import Machines
+from launch.local import Local
+
+config = Machines(
+    name="tiny",
+    local=Local(processes=2, devices=1),
+    python=sys.executable,
+    environment=("JAX_DISABLE_MOST_OPTIMIZATIONS=true",),
+)
+"""
+
+
+@pytest.fixture
+def machines(folder: Path) -> Path:
+    path = folder / "machines.py"
+    path.write_text(MACHINES)
+    return path
+
+
+def steps_reach(folder: Path, count: int) -> None:
+    until = time.monotonic() + 90
+    path = folder / "run" / "metrics.jsonl"
+    while time.monotonic() < until and not (path.exists() and len(losses(folder / "run")) >= count):
+        time.sleep(0.2)
+    assert time.monotonic() < until
+
+
+def test_from_nothing_to_a_run_that_is_stopped_and_goes_on(launch: Launch, machines: Path, folder: Path) -> None:
+    up = ("up", machines, "config.py", "--train.steps=100000")
+    assert f"tiny is running: lm launch logs --follow {machines}" in launch(*up).stdout
+    steps_reach(folder, 1)
+    assert "0: running" in launch("status", machines).stdout
+    assert "running already" in launch(*up).stdout
+    refused = launch("up", machines, "config.py", code=8).stderr
+    assert f"with another config or other code; first lm launch stop {machines}" in refused
+    assert "still runs there" in launch("delete", machines, "--yes", code=8).stderr
+    stopped = launch("stop", machines).stdout
+    assert stopped.count("ended with 75: stopped and saved") == 2
+    assert "[0] " in launch("logs", machines).stdout
+
+    done = len(losses(folder / "run"))
+    launch(*up)
+    steps_reach(folder, done + 3)
+    launch("stop", machines)
+    launch("delete", machines, "--yes")
+    assert not (folder / "lm-launches" / "tiny").exists()
+    assert len(losses(folder / "run")) > done, "what the run has written stays"
+
+
+def test_the_losses_are_those_of_one_process(launch: Launch, machines: Path, folder: Path) -> None:
+    launch("up", machines, "config.py", "--follow")
+    found, expected = losses(folder / "run"), undisturbed(folder)
+    assert found.keys() == expected.keys()
+    assert all(abs(found[step] - expected[step]) < 2e-5 * expected[step] for step in expected)
+
+
+def test_a_name_that_somebody_else_has(launch: Launch, machines: Path, folder: Path) -> None:
+    own = folder / "lm-launches" / "tiny"
+    own.mkdir(parents=True)
+    (own / "owner").write_text("eve@laptop:/src\n")
+    said = launch("up", machines, "config.py", code=8).stderr
+    assert "a launch of this name is there, of eve@laptop:/src: take another name" in said
+    assert "is a launch of eve@laptop:/src" in launch("delete", machines, "--yes", code=8).stderr
+    assert (own / "owner").read_text() == "eve@laptop:/src\n"
+    assert not (folder / "run").exists()
+
+
+def test_two_at_once_start_one_run(machines: Path, folder: Path, launch: Launch) -> None:
+    both = [
+        subprocess.Popen(
+            command("up", machines, "config.py", "--train.steps=100000"),
+            cwd=folder,
+            env=environment(folder),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [one.communicate(timeout=120)[0] for one in both]
+    assert 0 in [one.returncode for one in both], said
+    held = subprocess.run(
+        ["pgrep", "-fc", f"train {folder}/lm-launches/tiny/0/config.json --supervise"], capture_output=True
+    )
+    launch("stop", machines)
+    assert int(held.stdout) <= 2, "one supervisor, and perhaps its child in between"
+
+
+def test_a_dry_run_does_nothing(launch: Launch, machines: Path, folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    said = launch("up", machines, "config.py", "--dry-run").stdout
+    assert "-m lm train" in said
+    assert "setsid flock" in said
+    for verb in ("status", "logs", "stop", "delete"):
+        assert "+ bash -c" in launch(verb, machines, "--dry-run").stdout
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_written_for_others(launch: Launch, machines: Path, folder: Path) -> None:
+    launch("write", machines, "config.py", "--out", "out")
+    assert "export JAX_PROCESS_ID=1\n" in (folder / "out" / "1" / "run.sh").read_text()
+    assert '"steps": 12' in (folder / "out" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("up", "machines.py", "config.py", "--local.proceses=3"), "did you mean 'local.processes'?"),
+        (("up", "machines.py", "config.py", "--train.stpes=3"), "did you mean 'train.steps'?"),
+        (("up", "machines.py", "config.py", "--ssh.hosts=a"), "one target must be given, of local, "),
+        (("up", "machines.py", "config.py", "--local.devices=0"), "local.devices: of each of several processes"),
+        (("up", "nothing.py", "config.py"), "nothing.py: no such file"),
+        (("status", "machines.py", "--train.steps=3"), "unknown key 'train.steps'"),
+        (("delete", "machines.py"), "Nobody is there to answer: say --yes"),
+    ],
+)
+def test_what_cannot_be_asked(
+    launch: Launch, machines: Path, folder: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    assert said in launch(*arguments, code=2).stderr
+    assert not (folder / "lm-launches").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("python=sys.executable", 'python="python-of-old"', "python-of-old: command not found"),
+        ("python=sys.executable", 'python=sys.executable, setup=("module load jax",)', "setup failed: module load jax"),
+        ('name="tiny"', 'name="Tiny_1"', "name: must be small letters"),
+        ('environment=("', 'environment=("A B=1", "', "environment.0: must be NAME=VALUE, got 'A B=1'"),
+    ],
+)
+def test_machines_that_cannot_be(launch: Launch, machines: Path, old: str, new: str, said: str) -> None:
+    assert old in MACHINES
+    machines.write_text(MACHINES.replace(old, new))
+    ended = launch("up", machines, "config.py", code=None)
+    assert ended.returncode in (2, 8)
+    assert said in ended.stderr
+
+
+# As `python -m lm`, where each host takes long for what the argument names.
+SLOW = """
+import sys
+from launch.hosts import Host
+
+command, slow = Host.command, sys.argv.pop(1)
+
+def slowly(self, script):
+    return command(self, "sleep 60\\n" + script if slow in script else script)
+
+Host.command = slowly
+from lm.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("slow", "verb", "said"),
+    [
+        ("command -v", "up", "interrupted while looking at 2 host(s): nothing was changed anywhere"),
+        ("mkdir -p", "up", "interrupted while looking for another launch of this name: nothing was started"),
+        ("tar -xzf", "up", "interrupted while copying the code (0."),
+        (
+            "find_spec",
+            "up",
+            "interrupted while looking at Python there: nothing was started; what was copied goes with",
+        ),
+        ("setsid flock", "up", "interrupted while starting: it may run on some hosts: `lm launch stop "),
+        ("kill -TERM", "stop", "interrupted while stopping, which saves first: it was asked to stop"),
+        (
+            "rm -rf",
+            "delete",
+            "interrupted while removing tiny: some hosts may still have files of it: `lm launch delete ",
+        ),
+    ],
+)
+def test_ctrl_c_tells_what_is_left(machines: Path, folder: Path, slow: str, verb: str, said: str) -> None:
+    arguments = {"up": ["config.py"], "delete": ["--yes"]}.get(verb, [])
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, slow, "launch", verb, str(machines), *arguments],
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(0.5)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not _children(process.pid, "sleep 60"):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130, err
+    assert said in err
+    assert "Traceback" not in err
+    assert not (folder / "run").exists()
+
+
+def _children(parent: int, text: str) -> bool:
+    listed = subprocess.run(["ps", "-o", "args=", "--ppid", str(parent)], capture_output=True, text=True).stdout
+    return text in listed
