@@ -206,7 +206,8 @@ echo running"""
         def script(place: int) -> str:
             new = f"new-{missing[place]}"
             return f"""\
-cd {self.base} && rm -rf {new} && mkdir {new} && tar -xzf - -C {new} || {{ rm -rf {new}; exit 1; }}
+cd {self.base} && rm -rf {new} && mkdir {new} || exit 1
+said=$(tar -xzf - -C {new} 2>&1) || {{ rm -rf {new}; echo "$said" | head -n 1 >&2; exit 1; }}
 mv -T {new} code-{code} 2>/dev/null || {{ rm -rf {new}; test -d code-{code}; }}"""
 
         if missing:

@@ -64,6 +64,7 @@ def target(name: str, ssh: Ssh, commands: Commands) -> Background:
 def command(ssh: Ssh) -> tuple[str, ...]:
     """ssh with its options: it asks nothing, gives up soon, and takes one connection for many commands."""
     options = [
+        *ssh.options,  # of an option given twice, ssh takes the first
         "BatchMode=yes",
         f"ConnectTimeout={ssh.connect_seconds}",
         # A host that was cut off is noticed in a connection that is open, too.
@@ -72,7 +73,6 @@ def command(ssh: Ssh) -> tuple[str, ...]:
         "ControlMaster=auto",
         "ControlPersist=60",
         f"ControlPath={_sockets()}/%C",
-        *ssh.options,
     ]
     return ("ssh", *(part for option in options for part in ("-o", option)))
 
