@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C ask a run to stop: during training at the next step, before it at once."""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -8,16 +9,25 @@ from types import FrameType
 from lm.errors import Stopped
 
 
+SAME_SECONDS = 10.0
+"""In which a second SIGTERM is the first one again: a scheduler sends it to all processes of a job, and a supervisor
+among them passes it on."""
+
+
 class StopRequest:
     """What the signal handler and the training loop share."""
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._at = 0.0
         self.deferred = False
         """Set while the loop runs: it looks at `received` between steps, saves, and stops by itself."""
 
     def handle(self, number: int, _: FrameType | None) -> None:
-        again, self.received = self.received is not None, signal.Signals(number).name
+        name = signal.Signals(number).name
+        if name == self.received == "SIGTERM" and time.monotonic() - self._at < SAME_SECONDS:
+            return
+        again, self.received, self._at = self.received is not None, name, time.monotonic()
         if again:  # someone is in a hurry: end as if there were no handler
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
