@@ -5,9 +5,7 @@ config, program, log, exit code, and a lock that is held for as long as anything
 """
 
 import contextlib
-import getpass
 import shlex
-import socket
 import subprocess
 import sys
 import threading
@@ -17,8 +15,8 @@ from pathlib import Path
 from launch.commands import Commands
 from launch.hosts import Host, Hosts, raise_failed
 from launch.local import copy_lines
-from launch.target import Run, Target, ended, shell_path, write_files
-from launch.tree import ROOT, pack
+from launch.target import Run, Target, ended, owner, shell_path, write_files
+from launch.tree import pack, unpack
 from lm.errors import LaunchError
 
 SYNC_SECONDS = 1800.0
@@ -151,7 +149,7 @@ done"""
                 lambda i: (
                     f"""\
 cd {self.base} 2> /dev/null || exit 0
-[ ! -e owner ] || [ "$(cat owner)" = {shlex.quote(_owner())} ] || {{ cat owner; exit {_OTHERS}; }}
+[ ! -e owner ] || [ "$(cat owner)" = {shlex.quote(owner())} ] || {{ cat owner; exit {_OTHERS}; }}
 [ ! -d {i} ] || flock -n {i}/lock true || exit {_RUNNING}
 rm -rf {i} new-{i}
 ls -d [0-9]* > /dev/null 2>&1 || rm -rf code-* owner
@@ -181,9 +179,9 @@ cd .. && rmdir {self.base} 2> /dev/null || ls {self.base}"""
         def script(i: int) -> str:
             return f"""\
 mkdir -p {self.base}/{i} && cd {self.base} || exit 1
-echo {shlex.quote(_owner())} > {i}/owner || exit 1
+echo {shlex.quote(owner())} > {i}/owner || exit 1
 ln {i}/owner owner 2>/dev/null
-[ "$(cat owner)" = {shlex.quote(_owner())} ] || {{ cat owner; rm -r {i}/owner; exit {_OTHERS}; }}
+[ "$(cat owner)" = {shlex.quote(owner())} ] || {{ cat owner; rm -r {i}/owner; exit {_OTHERS}; }}
 flock -n {i}/lock true && exit 0
 [ "$(cat {i}/digest)" = {digest} ] || exit {_RUNNING}
 echo running"""
@@ -205,10 +203,7 @@ echo running"""
 
         def script(place: int) -> str:
             new = f"new-{missing[place]}"
-            return f"""\
-cd {self.base} && rm -rf {new} && mkdir {new} || exit 1
-said=$(tar -xzf - -C {new} 2>&1) || {{ rm -rf {new}; echo "$said" | head -n 1 >&2; exit 1; }}
-mv -T {new} code-{code} 2>/dev/null || {{ rm -rf {new}; test -d code-{code}; }}"""
+            return unpack(self.base, code, new)
 
         if missing:
             what = "the code could not be copied, and nothing was started"
@@ -261,11 +256,6 @@ tail -n 1 {i}/log.txt; exit 1"""
         # A part of a run only waits for the rest, and that may cost.
         self.hosts.try_each(lambda i: "true" if running[i] else f"cd {self.base} && kill -TERM $(cat {i}/pid)")
         raise_failed("it could not be started on these hosts, and was stopped on the others", failed)
-
-
-def _owner() -> str:
-    """Who launches, from where: going on with a launch is for the same."""
-    return f"{getpass.getuser()}@{socket.gethostname()}:{ROOT}"
 
 
 def _state(i: int) -> str:

@@ -81,6 +81,18 @@ class Commands:
             self._running.discard(child)
         return Done(child.returncode, _text(out), _text(err))
 
+    def follow(self, argv: Sequence[str]) -> None:
+        """Runs one that writes to this terminal, until it ends or Ctrl-C."""
+        if self.dry_run:
+            self.show(argv)
+            return
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
+        try:
+            child.wait()
+        finally:
+            _kill(child)
+            child.wait()
+
     def kill(self) -> None:
         """Ends what runs in other threads too."""
         for child in list(self._running):

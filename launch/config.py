@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from launch.gke import Gke
 from launch.local import Local
+from launch.slurm import Slurm
 from launch.ssh import Ssh
 from launch.target import problems
 
@@ -17,6 +19,8 @@ class Machines:
     """Of the launch, on the target: folders, jobs and machines are called so."""
     local: Local | None = None
     ssh: Ssh | None = None
+    slurm: Slurm | None = None
+    gke: Gke | None = None
     python: str = "python3"
     """The interpreter there, with the dependencies of lm; the code itself is copied."""
     setup: tuple[str, ...] = ()
@@ -37,7 +41,7 @@ class Machines:
         return next((name, getattr(self, name)) for name in TARGETS if getattr(self, name) is not None)
 
 
-TARGETS = ("local", "ssh")
+TARGETS = ("local", "ssh", "slurm", "gke")
 """Each is a field of `Machines`, and a module here with `target(name, section, commands)`."""
 SECTIONS = frozenset(field.name for field in dataclasses.fields(Machines))
 """Overrides whose key starts with one of these are for the machines, all others for the config."""

@@ -2,13 +2,16 @@
 
 import abc
 import dataclasses
+import getpass
 import hashlib
 import re
 import shlex
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.commands import Commands
+from launch.tree import ROOT
 from lm.errors import ConfigError
 
 
@@ -100,6 +103,11 @@ def write_files(files: Mapping[str, str], folder: Path, commands: Commands) -> N
 def shell_path(folder: str) -> str:
     """A folder as shell has it; a ~ at its start is the home of whoever runs it."""
     return '"$HOME"' + shlex.quote(folder[1:]) if folder.startswith("~/") else shlex.quote(folder)
+
+
+def owner() -> str:
+    """Who launches, and from where: going on with a launch is for the same."""
+    return f"{getpass.getuser()}@{socket.gethostname()}:{ROOT}"
 
 
 def ended(code: int | str) -> str:

@@ -42,6 +42,20 @@ def pack(root: Path = ROOT) -> tuple[bytes, str]:
     return data, hashlib.sha256(data).hexdigest()[:12]
 
 
+def unpack(base: str, code: str, new: str = "new") -> str:
+    """Shell that makes the folder `code-CODE` in `base` of an archive at its standard input: whole, or not at all."""
+    return f"""\
+cd {base} || exit 1
+[ -d code-{code} ] && exit 0
+rm -rf {new} && mkdir {new} || exit 1
+said=$(tar -xzf - -C {new} 2>&1) || {{
+    rm -rf {new}
+    {{ grep -m 1 'No space' <<< "$said" || head -n 1 <<< "$said"; }} >&2
+    exit 1
+}}
+mv -T {new} code-{code} 2> /dev/null || {{ rm -rf {new}; [ -d code-{code} ]; }}"""
+
+
 def _names(root: Path) -> Iterator[str]:
     if not (root / "pyproject.toml").exists():  # installed: beside it are all other packages
         for package in ("lm", "launch"):

@@ -89,9 +89,9 @@ def losses(run: Path) -> dict[int, float]:
     return found
 
 
-def undisturbed(folder: Path) -> dict[int, float]:
+def undisturbed(folder: Path, *more: str) -> dict[int, float]:
     """The losses of the same config, trained in one go by one process."""
-    overrides = [f"--run.dir={folder / 'alone'}", f"--data.dir={folder / 'run' / 'data'}"]
+    overrides = [*more, f"--run.dir={folder / 'alone'}", f"--data.dir={folder / 'run' / 'data'}"]
     train = [sys.executable, "-m", "lm", "train", "config.py", *overrides]
     subprocess.run(train, cwd=folder, env=environment(folder), check=True, capture_output=True, timeout=120)
     return losses(folder / "alone")

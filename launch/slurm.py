@@ -1,0 +1,258 @@
+"""SLURM: one job, put in the queue again when it was stopped, preempted, or ran out of time."""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from launch.commands import Commands
+from launch.hosts import THIS, Host, Hosts
+from launch.ssh import Ssh
+from launch.ssh import command as ssh_command
+from launch.target import Run, Target, ended, owner, shell_path, write_files
+from launch.tree import pack, unpack
+from lm.errors import Stopped
+
+
+@dataclasses.dataclass(frozen=True)
+class Slurm:
+    """A job of so many nodes, with one process on each, which has all devices that the job gets there."""
+
+    login: str = ""
+    """Host from which jobs are submitted, as ssh takes it; empty: this machine."""
+    ssh_options: tuple[str, ...] = ()
+    """For ssh to it, as in its config."""
+    folder: str = "~/lm-launches"
+    """For launches; all nodes must reach it. Relative paths of the config start at the launch's folder in it."""
+    nodes: int = 1
+    processes_per_node: int = 1
+    """More than one: each gets its part of the node's GPUs."""
+    gpus_per_node: int = 0
+    cpus_per_process: int = 0
+    """0: what the cluster gives."""
+    partition: str = ""
+    account: str = ""
+    time: str = ""
+    """Longest time of one start, as 24:00:00; the job goes on afterwards."""
+    notice_seconds: int = 180
+    """Before that time is over, the run is asked to save."""
+    options: tuple[str, ...] = ()
+    """More of sbatch, as qos=high or exclusive."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        for name in ("nodes", "processes_per_node", "notice_seconds"):
+            if getattr(self, name) < 1:
+                yield name, f"must be at least 1, got {getattr(self, name)}"
+        for name in ("gpus_per_node", "cpus_per_process"):
+            if getattr(self, name) < 0:
+                yield name, f"must be at least 0, got {getattr(self, name)}"
+        if self.gpus_per_node % self.processes_per_node:
+            yield "gpus_per_node", f"{self.gpus_per_node} cannot be shared by {self.processes_per_node} processes"
+        if not self.folder.startswith(("/", "~/")):
+            yield "folder", f"must start with / or ~/, got {self.folder!r}"
+        if self.time and not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", self.time):
+            yield "time", f"must be as 30, 24:00:00 or 7-00:00:00, got {self.time!r}"
+        for option in self.options:
+            if option.startswith("-") or not option or "\n" in option:
+                yield "options", f"stand without --, as qos=high; got {option!r}"
+
+
+def target(name: str, slurm: Slurm, commands: Commands) -> "SlurmJob":
+    """The launch of this name on the cluster."""
+    host = THIS
+    if slurm.login:
+        host = Host(slurm.login, (*ssh_command(Ssh(hosts=(slurm.login,), options=slurm.ssh_options)), slurm.login))
+    return SlurmJob(name, commands, slurm, Hosts([host], commands))
+
+
+class SlurmJob(Target):
+    """A job, and its folder: the code by its digest, config, script, log, exit code, and the number of the job."""
+
+    def __init__(self, name: str, commands: Commands, slurm: Slurm, host: Hosts):
+        super().__init__(name, commands)
+        self.slurm = slurm
+        self.host = host
+        self.base = shell_path(f"{slurm.folder.rstrip('/')}/{name}")
+
+    def up(self, run: Run) -> None:
+        nothing = f"nothing was submitted; what was copied goes with `{self.verb('delete')}`"
+        with self.commands.stage("looking at the cluster", "nothing was changed"):
+            self._do("command -v sbatch squeue scontrol scancel flock tar gzip > /dev/null", "no SLURM there")
+        archive, code = pack()
+        digest = run.digest(code, self.script(run, code))
+        with self.commands.stage("looking for another launch of this name", nothing):
+            said = self._do(self._claim(digest), f"{self.name} was not submitted")
+            if "same" in said:
+                self.commands.say(f"{self.name} is job {said.split()[-1]} already: {self.verb('status')}")
+                return
+        with self.commands.stage(f"copying the code ({len(archive) / 2**20:.1f} MiB)", nothing):
+            self._do(f"cd {self.base} && cat > config.json", "the config could not be copied", run.config.encode())
+            self._do(unpack(self.base, code), "the code could not be copied", archive)
+        perhaps = f"it may have been submitted: `{self.verb('status')}` tells, `{self.verb('stop')}` ends it"
+        with self.commands.stage("submitting", perhaps):
+            said = self._do(self._submit(run, code, digest), f"{self.name} was not submitted")
+        self.commands.say(f"{self.name} is job {said.strip()}: {self.verb('status')}, {self.verb('logs --follow')}")
+
+    def status(self) -> None:
+        script = f"""\
+{_QUEUED}
+cd {self.base} 2> /dev/null || {{ echo there is no launch {self.name}; exit 0; }}
+job=$(cat job 2> /dev/null)
+if queued; then
+    squeue -h -j "$job" -o "job %i: %T, for %M of %l, on %D node(s) %N %r"
+    tail -n 1 log.txt 2> /dev/null
+    exit 0
+fi
+echo "code $(cat exit 2> /dev/null || echo none)"
+sacct -n -X -D -j "$job" -o JobID,State,ExitCode,Elapsed 2> /dev/null
+tail -n 1 log.txt 2> /dev/null || true"""
+        for line in self._do(script, "the cluster did not answer").splitlines():
+            self.commands.say(ended(line.split()[1]) if line.startswith("code ") else line)
+
+    def logs(self, *, follow: bool) -> None:
+        if not follow:
+            log = self._do(f"tail -n 100 {self.base}/log.txt", f"{self.name} has no log yet")
+            self.commands.say(log.rstrip("\n"))
+            return
+        script = f"""\
+{_QUEUED}
+cd {self.base} || exit 1
+touch log.txt
+tail -n 100 -F log.txt & shown=$!
+trap 'kill $shown' EXIT
+job=$(cat job)
+while queued; do sleep 2; done
+sleep 1"""
+        try:
+            self.commands.follow(self.host.hosts[0].command(script))
+        except KeyboardInterrupt:
+            self.commands.say(f"the run goes on; {self.verb('stop')} ends it")
+
+    def stop(self) -> None:
+        script = f"""\
+{_QUEUED}
+cd {self.base} || exit 1
+touch stop
+job=$(cat job 2> /dev/null)
+queued || exit 0
+case $(squeue -h -j "$job" -o %T) in
+    PENDING | REQUEUED) scancel "$job" ;;
+    *) scancel --signal=TERM "$job" ;;
+esac
+for ((i = 0; i < 900; i++)); do queued || exit 0; sleep 1; done
+echo "job $job has not ended after 15 minutes: scancel $job ends it without saving" >&2
+exit 1"""
+        waits = f"it was asked to stop and may still be saving: `{self.verb('status')}` tells"
+        with self.commands.stage("stopping, which saves first", waits):
+            self._do(script, f"{self.name} was not stopped", seconds=960)
+        self.status()
+
+    def delete(self) -> None:
+        self.commands.ask(f"Remove code and log of {self.name}?")
+        script = f"""\
+{_QUEUED}
+cd {self.base} 2> /dev/null || exit 0
+[ "$(cat owner)" = {shlex.quote(owner())} ] || {{ echo "it is a launch of $(cat owner)" >&2; exit 1; }}
+job=$(cat job 2> /dev/null)
+queued && {{ echo "job $job is in the queue or runs; first stop it" >&2; exit 1; }}
+rm -rf code-* new owner owner.new config.json job.sh job digest exit stop lock log.txt
+cd .. && rmdir {self.base} 2> /dev/null || ls {self.base}"""
+        with self.commands.stage(f"removing {self.name}", f"`{self.verb('delete')}` removes the rest"):
+            left = self._do(script, f"{self.name} was not removed")
+        if left.strip():
+            self.commands.say(f"what the run has written stays: {' '.join(left.split())}")
+
+    def write(self, run: Run, folder: Path) -> None:
+        _, code = pack()
+        self.commands.say(
+            f"to be submitted in the folder that has config.json and the code in code-{code}: sbatch job.sh"
+        )
+        write_files({"config.json": run.config, "job.sh": self.script(run, code)}, folder, self.commands)
+
+    def script(self, run: Run, code: str) -> str:
+        """What sbatch is given; it starts in the launch's folder."""
+        s = self.slurm
+        count = s.nodes * s.processes_per_node
+        options = [
+            f"job-name={self.name}",
+            f"nodes={s.nodes}",
+            f"ntasks={count}",
+            f"ntasks-per-node={s.processes_per_node}",
+            *([f"gpus-per-node={s.gpus_per_node}"] if s.gpus_per_node else []),
+            *([f"cpus-per-task={s.cpus_per_process}"] if s.cpus_per_process else []),
+            *([f"partition={s.partition}"] if s.partition else []),
+            *([f"account={s.account}"] if s.account else []),
+            *([f"time={s.time}"] if s.time else []),
+            "requeue",
+            f"signal=B:TERM@{s.notice_seconds}",
+            "output=log.txt",
+            "open-mode=append",
+            *s.options,
+        ]
+        share = ""
+        if s.gpus_per_node and s.processes_per_node > 1:
+            each = s.gpus_per_node // s.processes_per_node
+            share = (
+                f"CUDA_VISIBLE_DEVICES=$(seq -s, $((SLURM_LOCALID * {each})) $((SLURM_LOCALID * {each} + {each - 1}))) "
+            )
+        cpus = f" --cpus-per-task={s.cpus_per_process}" if s.cpus_per_process else ""  # srun does not take it over
+        train = f"JAX_PROCESS_ID=$SLURM_PROCID {share}exec {run.command('config.json', supervise=True)}"
+        lines = [
+            "#!/bin/bash",
+            *(f"#SBATCH --{option}" for option in options),
+            'echo "--- job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, $(date)"',
+            "rm -f exit",
+            *run.prelude({}, f'"$PWD/code-{code}"'),
+            'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            'export JAX_COORDINATOR_ADDRESS="$first:$((20000 + SLURM_JOB_ID % 10000))"',
+            f"export JAX_NUM_PROCESSES={count}",
+            f"srun --label{cpus} bash -c {shlex.quote(train)} < /dev/null &",
+            "all=$!",
+            "# Time is nearly over, or the job is preempted: all processes save, and end with 75.",
+            "trap 'scancel --signal=TERM \"$SLURM_JOB_ID\"' TERM",
+            "wait $all; code=$?",
+            "while kill -0 $all 2> /dev/null; do wait $all; code=$?; done",
+            "echo $code > exit",
+            f'[ $code = {Stopped.exit_code} ] && [ ! -e stop ] && scontrol requeue "$SLURM_JOB_ID"',
+            "exit $code",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _claim(self, digest: str) -> str:
+        """Shell that makes the name ours, and prints `same JOB` if that is in the queue already."""
+        return f"""\
+{_QUEUED}
+mkdir -p {self.base} && cd {self.base} || exit 1
+echo {shlex.quote(owner())} > owner.new && {{ ln owner.new owner 2> /dev/null; rm owner.new; }} || exit 1
+[ "$(cat owner)" = {shlex.quote(owner())} ] || {{
+    echo "a launch of this name is there, of $(cat owner): take another name, or have it deleted" >&2; exit 1; }}
+job=$(cat job 2> /dev/null)
+queued || exit 0
+[ "$(cat digest)" = {digest} ] || {{
+    echo "job $job has this name, with another config or other code; first {self.verb("stop")}" >&2; exit 1; }}
+echo same "$job\""""
+
+    def _submit(self, run: Run, code: str, digest: str) -> str:
+        return f"""\
+{_QUEUED}
+cd {self.base} || exit 1
+exec 9> lock && flock 9
+job=$(cat job 2> /dev/null)
+queued && {{ echo "job $job was submitted in the meantime" >&2; exit 1; }}
+rm -f stop exit
+printf %s {shlex.quote(self.script(run, code))} > job.sh || exit 1
+job=$(sbatch --parsable job.sh) || exit 1
+echo "${{job%%;*}}" > job && echo {digest} > digest && cat job"""
+
+    def _do(self, script: str, what: str, given: bytes | None = None, seconds: float = 1800) -> str:
+        return self.host.each(script, what, given=given, seconds=seconds)[0]
+
+
+_QUEUED = """\
+queued() {
+    mine=$(squeue -h --me -o %i) || exit 1
+    [ -n "$job" ] && grep -qx -- "$job" <<< "$mine"
+}
+"""
+"""Shell that tells whether a job is waiting or running. A cluster forgets those that have ended."""
