@@ -1,11 +1,16 @@
 """A tiny run, and `lm launch` on it."""
 
+import getpass
 import json
 import os
 import random
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -95,3 +100,90 @@ def undisturbed(folder: Path, *more: str) -> dict[int, float]:
     train = [sys.executable, "-m", "lm", "train", "config.py", *overrides]
     subprocess.run(train, cwd=folder, env=environment(folder), check=True, capture_output=True, timeout=120)
     return losses(folder / "alone")
+
+
+SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
+
+
+class Servers:
+    """sshd processes; each has a home of its own, and takes the key of the test."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.key = folder / "key"
+        self.sockets = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))  # the path of a socket has to be short
+        self._started: list[subprocess.Popen[bytes]] = []
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.key], check=True)
+
+    def start(self, name: str, address: str, port: int, *more: str, inside: tuple[str, ...] = ()) -> Path:
+        """Starts one, in a network namespace if the command `inside` enters it. Returns its home."""
+        home = self.folder / name
+        home.mkdir(exist_ok=True)
+        lines = [
+            f"ListenAddress {address}:{port}",
+            f"HostKey {self.key}",
+            f"AuthorizedKeysFile {self.key}.pub",
+            f"PidFile {self.folder / name}.pid",
+            f"SetEnv HOME={home}",
+            "StrictModes no",
+            "UsePAM no",
+            "PermitRootLogin yes",
+            *more,
+        ]
+        (self.folder / f"{name}.conf").write_text("\n".join(lines) + "\n")
+        command = [*inside, SSHD, "-D", "-e", "-f", str(self.folder / f"{name}.conf")]
+        with open(self.folder / f"{name}.log", "wb") as log:
+            self._started.append(subprocess.Popen(command, stderr=log))
+        return home
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """For ssh to them."""
+        return (
+            f"IdentityFile={self.key}",
+            "StrictHostKeyChecking=no",
+            "UserKnownHostsFile=/dev/null",
+            "LogLevel=ERROR",
+            "ServerAliveInterval=1",
+            f"ControlPath={self.sockets}/%C",
+            "ConnectTimeout=3",
+        )
+
+    def end(self) -> None:
+        for one in self.sockets.glob("*"):
+            subprocess.run(["ssh", "-o", f"ControlPath={one}", "-O", "exit", "any"], capture_output=True)
+        shutil.rmtree(self.sockets, ignore_errors=True)
+        for process in self._started:
+            process.terminate()
+            process.wait()
+
+
+@pytest.fixture
+def servers(folder: Path) -> Iterator[Servers]:
+    if not os.path.exists(SSHD) or not shutil.which("ssh"):
+        pytest.skip("needs ssh and sshd: apt-get install openssh-server openssh-client")
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # where it goes before somebody has logged in
+    running = Servers(folder)
+    yield running
+    running.end()
+
+
+@pytest.fixture
+def two(servers: Servers) -> tuple[Callable[..., str], Servers]:
+    """Starts a host on a port of this machine, and waits until it answers."""
+
+    def host(name: str, *more: str) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        servers.start(name, "127.0.0.1", port, *more)
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return f"ssh://{getpass.getuser()}@127.0.0.1:{port}"
+            time.sleep(0.05)
+        raise AssertionError((servers.folder / f"{name}.log").read_text())
+
+    return host, servers

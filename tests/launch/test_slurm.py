@@ -205,6 +205,24 @@ def test_two_processes(launch: Launch, machines: Path, folder: Path) -> None:
     assert "2 x cpu" in followed
 
 
+def test_from_a_laptop_through_a_login_node(launch: Launch, machines: Path, folder: Path, two: tuple) -> None:
+    host, servers = two
+    login = host("login", f'ForceCommand SLURM_CONF={os.environ["SLURM_CONF"]} bash -c "$SSH_ORIGINAL_COMMAND"')
+    text = machines.read_text().replace("Slurm(", f"Slurm(login={login!r}, ssh_options={servers.options!r}, ")
+    machines.write_text(text)
+    assert "all 12 steps are done" in launch("up", machines, "config.py", "--follow").stdout
+    assert (folder / "login" / "lm-launches" / "tiny" / "log.txt").exists()
+    assert "ended with 0: done" in launch("status", machines).stdout
+    owner = folder / "login" / "lm-launches" / "tiny" / "owner"
+    mine = owner.read_text()
+    owner.write_text("eve@laptop:/src\n")
+    assert "a launch of this name is there, of eve@laptop:/src" in launch("up", machines, "config.py", code=8).stderr
+    assert "it is a launch of eve@laptop:/src" in launch("delete", machines, "--yes", code=8).stderr
+    owner.write_text(mine)
+    launch("delete", machines, "--yes")
+    assert not (folder / "login" / "lm-launches" / "tiny").exists()
+
+
 def test_what_the_cluster_refuses(launch: Launch, machines: Path) -> None:
     refused = launch("up", machines, "config.py", "--slurm.partition=none", code=8).stderr
     assert "tiny was not submitted:\n    this machine: sbatch: error: " in refused

@@ -1,20 +1,18 @@
 """Hosts with a real sshd each: on ports of this machine, and in networks of their own, one of which is cut."""
 
-import getpass
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, Launch, environment, losses
+from .conftest import ROOT, Launch, Servers, environment, losses
 
 MACHINES = """
 import sys
@@ -25,14 +23,12 @@ config = Machines(
     name="tiny",
     ssh=Ssh(
         hosts={hosts!r},
-        options=("IdentityFile={key}", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR",
-                 "ServerAliveInterval=1", "ControlPath={sockets}/%C", "ConnectTimeout=3"),
+        options={options!r},
     ),
     python=sys.executable,
     environment=("JAX_PLATFORMS=cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS=true", "LM_HEARTBEAT_SECONDS=4"),
 )
 """
-SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 BREAKS = """#!/bin/bash
 # A connection that breaks while the code is being copied.
 case "$SSH_ORIGINAL_COMMAND" in
@@ -42,85 +38,15 @@ esac
 """
 
 
-class Servers:
-    """sshd processes; each has a home of its own, and takes the key of the test."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.key = folder / "key"
-        self.sockets = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))  # the path of a socket has to be short
-        self._started: list[subprocess.Popen[bytes]] = []
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.key], check=True)
-
-    def start(self, name: str, address: str, port: int, *more: str, inside: tuple[str, ...] = ()) -> Path:
-        """Starts one, in a network namespace if the command `inside` enters it. Returns its home."""
-        home = self.folder / name
-        home.mkdir(exist_ok=True)
-        lines = [
-            f"ListenAddress {address}:{port}",
-            f"HostKey {self.key}",
-            f"AuthorizedKeysFile {self.key}.pub",
-            f"PidFile {self.folder / name}.pid",
-            f"SetEnv HOME={home}",
-            "StrictModes no",
-            "UsePAM no",
-            "PermitRootLogin yes",
-            *more,
-        ]
-        (self.folder / f"{name}.conf").write_text("\n".join(lines) + "\n")
-        command = [*inside, SSHD, "-D", "-e", "-f", str(self.folder / f"{name}.conf")]
-        with open(self.folder / f"{name}.log", "wb") as log:
-            self._started.append(subprocess.Popen(command, stderr=log))
-        return home
-
-    def machines(self, *hosts: str) -> Path:
-        path = self.folder / "machines.py"
-        path.write_text(MACHINES.format(hosts=hosts, key=self.key, sockets=self.sockets))
-        return path
-
-    def end(self) -> None:
-        for one in self.sockets.glob("*"):
-            subprocess.run(["ssh", "-o", f"ControlPath={one}", "-O", "exit", "any"], capture_output=True)
-        shutil.rmtree(self.sockets, ignore_errors=True)
-        for process in self._started:
-            process.terminate()
-            process.wait()
-
-
-@pytest.fixture
-def servers(folder: Path) -> Iterator[Servers]:
-    if not os.path.exists(SSHD) or not shutil.which("ssh"):
-        pytest.skip("needs ssh and sshd: apt-get install openssh-server openssh-client")
-    if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)  # where it goes before somebody has logged in
-    running = Servers(folder)
-    yield running
-    running.end()
-
-
-@pytest.fixture
-def two(servers: Servers) -> tuple[Callable[..., str], Servers]:
-    """Starts a host on a port of this machine, and waits until it answers."""
-
-    def host(name: str, *more: str) -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        servers.start(name, "127.0.0.1", port, *more)
-        until = time.monotonic() + 20
-        while time.monotonic() < until:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return f"ssh://{getpass.getuser()}@127.0.0.1:{port}"
-            time.sleep(0.05)
-        raise AssertionError((servers.folder / f"{name}.log").read_text())
-
-    return host, servers
+def machines_file(servers: Servers, *hosts: str) -> Path:
+    path = servers.folder / "machines.py"
+    path.write_text(MACHINES.format(hosts=hosts, options=servers.options))
+    return path
 
 
 def test_trains_on_two_hosts_and_is_removed(launch: Launch, folder: Path, two: tuple) -> None:
     host, servers = two
-    machines = servers.machines(host("a"), host("b"))
+    machines = machines_file(servers, host("a"), host("b"))
     followed = launch("up", machines, "config.py", "--follow").stdout
     assert "all 12 steps are done" in followed
     assert "[ssh://" in followed
@@ -147,7 +73,7 @@ def test_one_that_cannot_be_reached(launch: Launch, folder: Path, two: tuple, ot
     host, servers = two
     if other == "denied":
         other = host("b", "DenyUsers *")
-    ended = launch("up", servers.machines(host("a"), other), "config.py", code=8)
+    ended = launch("up", machines_file(servers, host("a"), other), "config.py", code=8)
     assert "nothing was started, as these hosts cannot be used:\n    ssh://" in ended.stderr
     assert said in ended.stderr
     assert ended.stderr.count("    ssh://") == 1, "only the one that failed is named"
@@ -160,7 +86,7 @@ def test_a_sync_that_breaks(launch: Launch, folder: Path, two: tuple) -> None:
     wrapper.write_text(BREAKS)
     wrapper.chmod(0o755)
     broken = host("b", f"ForceCommand {wrapper}")
-    machines = servers.machines(host("a"), broken)
+    machines = machines_file(servers, host("a"), broken)
     said = launch("up", machines, "config.py", code=8).stderr
     assert "the code could not be copied, and nothing was started:" in said
     assert broken in said
@@ -182,7 +108,7 @@ def test_no_space_on_one(launch: Launch, folder: Path, two: tuple) -> None:
         pytest.skip("needs a small disk, which only root can mount")
     try:
         full = host("b")
-        said = launch("up", servers.machines(host("a"), full), "config.py", code=8).stderr
+        said = launch("up", machines_file(servers, host("a"), full), "config.py", code=8).stderr
         assert full in said
         assert "No space left on device" in said
         assert said.count("    ssh://") == 1
@@ -195,7 +121,7 @@ def test_no_space_on_one(launch: Launch, folder: Path, two: tuple) -> None:
 
 def test_no_python_there(launch: Launch, folder: Path, two: tuple) -> None:
     host, servers = two
-    machines = servers.machines(host("a"))
+    machines = machines_file(servers, host("a"))
     machines.write_text(machines.read_text().replace("python=sys.executable", 'python="env -i python3 -S"'))
     said = launch("up", machines, "config.py", code=8).stderr
     assert "not installed there: jax, flax" in said or "Python 3.11 or newer" in said
@@ -243,7 +169,7 @@ def ip(*arguments: str) -> None:
 def test_a_host_that_is_cut_off_and_comes_back(folder: Path, servers: Servers, networks: tuple[str, ...]) -> None:
     """The run ends with the losses of one that nobody disturbed, bit for bit."""
     hub, inside = networks[0], ["ip", "netns", "exec", networks[0]]
-    machines = servers.machines("root@10.9.1.1", "root@10.9.1.2")
+    machines = machines_file(servers, "root@10.9.1.1", "root@10.9.1.2")
     more = ["--train.steps=100", "--checkpoint.every=20"]
 
     def lm(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
