@@ -131,7 +131,7 @@ done"""
             done = self.hosts.try_each(
                 lambda i: (
                     f"cd {self.base} || exit 22\n"
-                    f"flock -n {i}/lock true && exit 0\n"
+                    f"flock -s -n {i}/lock true && exit 0\n"
                     f"kill -TERM $(cat {i}/pid) && flock -w {STOP_SECONDS:.0f} {i}/lock true"
                 ),
                 seconds=STOP_SECONDS + 60,
@@ -150,7 +150,7 @@ done"""
                     f"""\
 cd {self.base} 2> /dev/null || exit 0
 [ ! -e owner ] || [ "$(cat owner)" = {shlex.quote(owner())} ] || {{ cat owner; exit {_OTHERS}; }}
-[ ! -d {i} ] || flock -n {i}/lock true || exit {_RUNNING}
+[ ! -d {i} ] || flock -s -n {i}/lock true || exit {_RUNNING}
 rm -rf {i} new-{i}
 ls -d [0-9]* > /dev/null 2>&1 || rm -rf code-* owner
 cd .. && rmdir {self.base} 2> /dev/null || ls {self.base}"""
@@ -179,10 +179,11 @@ cd .. && rmdir {self.base} 2> /dev/null || ls {self.base}"""
         def script(i: int) -> str:
             return f"""\
 mkdir -p {self.base}/{i} && cd {self.base} || exit 1
-echo {shlex.quote(owner())} > {i}/owner || exit 1
-ln {i}/owner owner 2>/dev/null
-[ "$(cat owner)" = {shlex.quote(owner())} ] || {{ cat owner; rm -r {i}/owner; exit {_OTHERS}; }}
-flock -n {i}/lock true && exit 0
+echo {shlex.quote(owner())} > {i}/new-owner || exit 1
+ln {i}/new-owner owner 2> /dev/null  # at once and whole, and never for the second
+rm {i}/new-owner
+[ "$(cat owner)" = {shlex.quote(owner())} ] || {{ cat owner; exit {_OTHERS}; }}
+flock -s -n {i}/lock true && exit 0
 [ "$(cat {i}/digest)" = {digest} ] || exit {_RUNNING}
 echo running"""
 
@@ -242,10 +243,12 @@ echo running"""
             if running[i]:
                 return "true"
             return f"""\
-cd {self.base} && rm -f {i}/pid
+cd {self.base} && exec 8> {i}/start && flock 8 || exit 1
+flock -s -n {i}/lock true || {{ [ "$(cat {i}/digest)" = {digest} ]; exit; }}  # another `up` was faster
+rm -f {i}/pid
 cat > {i}/config.json || exit 1
 printf %s {shlex.quote(self._program(i, run, code, digest))} > {i}/run.sh || exit 1
-setsid flock -n -E {_RUNNING} {i}/lock bash {i}/run.sh > /dev/null 2>&1 < /dev/null &
+setsid flock -w 10 -E {_RUNNING} {i}/lock bash {i}/run.sh > /dev/null 2>&1 < /dev/null 8>&- &
 for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do [ -s {i}/pid ] && exit 0; sleep 0.5; done
 tail -n 1 {i}/log.txt; exit 1"""
 
@@ -262,5 +265,6 @@ def _state(i: int) -> str:
     """Shell that prints `running`, or the exit code, or that there is none."""
     return (
         f"[ -e {i}/digest ] || exit 0\n"
-        f"if ! flock -n {i}/lock true; then echo running; elif [ -s {i}/exit ]; then cat {i}/exit; else echo none; fi"
+        f"if ! flock -s -n {i}/lock true; then echo running\n"
+        f"elif [ -s {i}/exit ]; then cat {i}/exit; else echo none; fi"
     )

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -100,6 +101,44 @@ def undisturbed(folder: Path, *more: str) -> dict[int, float]:
     train = [sys.executable, "-m", "lm", "train", "config.py", *overrides]
     subprocess.run(train, cwd=folder, env=environment(folder), check=True, capture_output=True, timeout=120)
     return losses(folder / "alone")
+
+
+# As `python -m lm`, where each host takes long for what the argument names.
+SLOW = """
+import sys
+from launch.hosts import Host
+
+command, slow = Host.command, sys.argv.pop(1)
+
+def slowly(self, script):
+    return command(self, "sleep 60\\n" + script if slow in script else script)
+
+Host.command = slowly
+from lm.cli import main
+sys.exit(main())
+"""
+
+
+def interrupted(folder: Path, slow: str, *arguments: str) -> str:
+    """What `lm launch …` says when it gets Ctrl-C while a host is at the script that has `slow` in it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, slow, "launch", *arguments],
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    listed, until = "", time.monotonic() + 60
+    while time.monotonic() < until and "sleep 60" not in listed:
+        time.sleep(0.1)
+        shown = subprocess.run(["ps", "-o", "args=", "--ppid", str(process.pid)], capture_output=True, text=True)
+        listed = shown.stdout
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    return err
 
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"

@@ -14,7 +14,7 @@ import pytest
 
 from launch.local import free_port
 
-from .conftest import Launch, losses, undisturbed
+from .conftest import Launch, interrupted, losses, undisturbed
 
 MACHINES = """
 import sys
@@ -242,6 +242,27 @@ def test_what_the_cluster_refuses(launch: Launch, machines: Path) -> None:
 def test_jobs_that_cannot_be(launch: Launch, folder: Path, argument: str, said: str) -> None:
     (folder / "machines.py").write_text(MACHINES.format(processes=2))
     assert said in launch("up", "machines.py", "config.py", argument, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("slow", "said"),
+    [
+        ("command -v", "interrupted while looking at the cluster: nothing was changed"),
+        ("tar -xzf", "nothing was submitted; what was copied goes with `lm launch delete machines.py`"),
+        (
+            "sbatch --parsable",
+            "interrupted while submitting: it may have been submitted: `lm launch status machines.py`",
+        ),
+    ],
+)
+def test_ctrl_c_tells_what_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch, slow: str, said: str) -> None:
+    (folder / "bin").mkdir()
+    for name in ("sbatch", "squeue", "scontrol", "scancel"):
+        (folder / "bin" / name).write_text("#!/bin/sh\n")
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    (folder / "machines.py").write_text(MACHINES.format(processes=1))
+    assert said in interrupted(folder, slow, "up", "machines.py", "config.py")
 
 
 def test_no_slurm_here(launch: Launch, folder: Path) -> None:
