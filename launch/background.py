@@ -92,7 +92,20 @@ done"""
         if any(one.code not in (0, 22) for one in done):
             raise LaunchError(f"what {self.name} does on hosts that did not answer cannot be known")
 
+    def ends(self) -> list[str]:
+        """The exit code of each process, or `none` where there is none; empty: it runs, or cannot be asked."""
+        done = self.hosts.try_each(lambda i: f"cd {self.base} || exit 22\n{_state(i)}")
+        return ["" if one.code or "running" in one.out else one.out.strip() for one in done]
+
     def logs(self, *, follow: bool) -> None:
+        try:
+            self.show_logs(follow=follow)
+        except KeyboardInterrupt:
+            self.commands.say(f"the run goes on; {self.verb('stop')} ends it")
+
+    def show_logs(self, *, follow: bool) -> None:
+        """As `logs`, but Ctrl-C is raised."""
+
         def script(i: int) -> str:
             if not follow:
                 return f"cd {self.base} && tail -n 100 {i}/log.txt"
@@ -117,8 +130,6 @@ done"""
                 reader.start()
             for reader in readers:
                 reader.join()
-        except KeyboardInterrupt:
-            self.commands.say(f"the run goes on; {self.verb('stop')} ends it")
         finally:
             for child in children:
                 with contextlib.suppress(ProcessLookupError):

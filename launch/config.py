@@ -9,6 +9,7 @@ from launch.local import Local
 from launch.slurm import Slurm
 from launch.ssh import Ssh
 from launch.target import problems
+from launch.tpu_vm import TpuVm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Machines:
     ssh: Ssh | None = None
     slurm: Slurm | None = None
     gke: Gke | None = None
+    tpu_vm: TpuVm | None = None
     python: str = "python3"
     """The interpreter there, with the dependencies of lm; the code itself is copied."""
     setup: tuple[str, ...] = ()
@@ -41,7 +43,7 @@ class Machines:
         return next((name, getattr(self, name)) for name in TARGETS if getattr(self, name) is not None)
 
 
-TARGETS = ("local", "ssh", "slurm", "gke")
+TARGETS = ("local", "ssh", "slurm", "gke", "tpu_vm")
 """Each is a field of `Machines`, and a module here with `target(name, section, commands)`."""
 SECTIONS = frozenset(field.name for field in dataclasses.fields(Machines))
 """Overrides whose key starts with one of these are for the machines, all others for the config."""

@@ -1,9 +1,15 @@
 """Whether a config fits the TPU slices that it is for, before anything is created. Nothing is compiled."""
 
+import json
 import math
+from typing import TYPE_CHECKING
 
+from lm import config as configs
 from lm.errors import ConfigError
 from lm.experiment import Config
+
+if TYPE_CHECKING:
+    from lm.plan.machine import Machine
 
 
 def check_fits(config: Config, topology: str, slices: int) -> str:
@@ -15,12 +21,11 @@ def check_fits(config: Config, topology: str, slices: int) -> str:
     from lm.parallel.mesh import abstract_mesh  # these load jax
     from lm.plan.advice import smallest_changes
     from lm.plan.analytic import predict
-    from lm.plan.machine import Machine, between_slices
-    from lm.plan.topology import parse_name, wrapped
+    from lm.plan.machine import between_slices
     from lm.train.describe import describe_sharding
 
-    chip, shape = parse_name(topology)
-    machine = Machine(chip, shape, slices, (wrapped(chip, shape),) * len(shape))
+    machine = machine_of(topology, slices)
+    chip = machine.chip
     mesh = abstract_mesh(config.mesh, machine.devices)
     sizes = dict(mesh.shape)
     where = f"{slices} x {topology}" if slices > 1 else topology
@@ -40,3 +45,23 @@ def check_fits(config: Config, topology: str, slices: int) -> str:
             f"{there:.1f} GiB. Nothing was created.{' What would help:' if hints else ''}{hints}"
         )
     return f"fits {where}: {needed:.1f} of {there:.1f} GiB a device, {found.step_seconds:.2f} s a step by the model"
+
+
+def training_hours(config: str, topology: str, slices: int) -> float:
+    """What the steps of a config (the text of its config.json) take by the model, in hours."""
+    from lm.parallel.mesh import abstract_mesh
+    from lm.plan.analytic import predict
+
+    found = configs.from_dict(Config, json.loads(config))
+    machine = machine_of(topology, slices)
+    step = predict(found, machine, dict(abstract_mesh(found.mesh, machine.devices).shape)).step_seconds
+    return found.train.steps * step / 3600
+
+
+def machine_of(topology: str, slices: int) -> "Machine":
+    """Raises ConfigError for a topology that there is not."""
+    from lm.plan.machine import Machine
+    from lm.plan.topology import parse_name, wrapped
+
+    chip, shape = parse_name(topology)
+    return Machine(chip, shape, slices, (wrapped(chip, shape),) * len(shape))
