@@ -103,8 +103,10 @@ done"""
         except KeyboardInterrupt:
             self.commands.say(f"the run goes on; {self.verb('stop')} ends it")
 
-    def show_logs(self, *, follow: bool) -> None:
-        """As `logs`, but Ctrl-C is raised."""
+    def show_logs(
+        self, *, follow: bool, until: Callable[[], bool] = lambda: False, seconds: float | None = None
+    ) -> None:
+        """As `logs`, but Ctrl-C is raised; and it ends when `until`, called so many seconds apart, is true."""
 
         def script(i: int) -> str:
             if not follow:
@@ -128,8 +130,10 @@ done"""
         try:
             for reader in readers:
                 reader.start()
-            for reader in readers:
-                reader.join()
+            while left := [reader for reader in readers if reader.is_alive()]:
+                left[0].join(seconds)
+                if left[0].is_alive() and until():
+                    break
         finally:
             for child in children:
                 with contextlib.suppress(ProcessLookupError):

@@ -55,7 +55,7 @@ class TpuVm:
     when_done: Literal["delete", "keep"] = "delete"
     """What `up --follow` does with the machines after the run."""
     preemptions: int = 100
-    """How often `up --follow` creates the machines again."""
+    """How often `up --follow` gets the machines again."""
     create_options: tuple[str, ...] = ()
     """More for gcloud's create: --network=…, --service-account=…, --internal-ips."""
     ssh_options: tuple[str, ...] = ()
@@ -230,21 +230,24 @@ class TpuVms(Target):
         left = self.spec.preemptions
         try:
             while True:
-                workers.show_logs(follow=True)
+                # Where one slice is lost, the others wait for it, and say nothing.
+                workers.show_logs(follow=True, until=lambda: self._look().stage != "ready", seconds=POLL_SECONDS)
                 found = self._look()
-                if found.stage == "ready":
-                    ends = workers.ends()
+                ends = workers.ends() if found.stage == "ready" else []
+                if ends and "none" not in ends:
                     if all(ends):
                         break
                     time.sleep(POLL_SECONDS)
                     continue
+                # Gone, or started anew by Google, with nothing running.
+                state = "not running" if ends else found.state or "no longer there"
                 if left == 0:
                     raise LaunchError(
-                        f"the machines are {found.state}, for the {self.spec.preemptions + 1}th time "
-                        f"(tpu_vm.preemptions): `{self.verb('up')} --follow` goes on"
+                        f"the machines are {state}, and came back {self.spec.preemptions} times already "
+                        f"(tpu_vm.preemptions): `{self.verb('up')} --follow` goes on\n{self._costs()}"
                     )
                 left -= 1
-                self.commands.say(f"the machines are {found.state or 'no longer there'}: creating them again")
+                self.commands.say(f"the machines are {state}: getting them again")
                 workers = self._again(run)
         except KeyboardInterrupt:
             self.commands.say(

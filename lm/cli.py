@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--search", action="store_true", help="find the best mesh, accumulation, remat and offload")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
-    launch = add_group("launch", "train on other machines: ssh, SLURM, GKE; or here, in the background")
+    launch = add_group("launch", "train on other machines: ssh, SLURM, GKE, Cloud TPU VMs; or here, in the background")
     for name, about in _LAUNCH.items():
         verb = add(launch, name, _launch, about, overrides=True)
         verb.add_argument("machines", metavar="MACHINES", help="a .py file with the target; see launch/README.md")

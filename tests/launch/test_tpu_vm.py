@@ -49,6 +49,11 @@ class Cloud:
         self.machines = folder / "machines.py"
         self.machines.write_text(MACHINES)
 
+    @property
+    def functions(self) -> dict[str, Any]:
+        """Of the stand-in."""
+        return runpy.run_path(str(STAND_IN / "gcloud"), run_name="stand_in")
+
     def behave(self, **more: Any) -> None:
         path = self.here / "behave.json"
         path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | more))
@@ -68,13 +73,12 @@ class Cloud:
 
     def preempt(self, name: str) -> None:
         """Takes a node away: its processes end without warning, and its disk is gone."""
-        functions = runpy.run_path(str(STAND_IN / "gcloud"), run_name="stand_in")
         state = self.state
         state["nodes"][name]["state"] = "PREEMPTED"
         for request in state["queued"].values():
             request["state"]["state"] = "SUSPENDED"
         (self.here / "state.json").write_text(json.dumps(state))
-        functions["lose_disks"](name)
+        self.functions["lose_disks"](name)
 
     def environment(self) -> dict[str, str]:
         outside = environment(self.folder)
@@ -109,7 +113,7 @@ def cloud(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     monkeypatch.setenv("LM_STAND_IN", str(made.here))
     yield made
     for name in made.state["nodes"]:
-        runpy.run_path(str(STAND_IN / "gcloud"), run_name="stand_in")["lose_disks"](name)
+        made.functions["lose_disks"](name)
 
 
 def steps_reach(folder: Path, count: int, process: subprocess.Popen[str] | None = None) -> None:
@@ -149,7 +153,7 @@ def test_preempted_it_is_created_again_and_ends_the_same(cloud: Cloud, folder: P
     cloud.preempt("tiny")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
-    assert "the machines are PREEMPTED: creating them again" in out
+    assert "the machines are PREEMPTED: getting them again" in out
     assert out.count("no more capacity") == 2
     assert out.count("another zone may have some, or a queue: --tpu_vm.request=queued") == 2
     assert "all 150 steps are done" in out
@@ -204,7 +208,7 @@ def test_several_slices_are_queued_and_preempted_together(cloud: Cloud, folder: 
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
     assert "2 chips (2 x v5e:1x1, spot, us-east5-a)" in out
-    for state in ("PROVISIONING", "the machines are SUSPENDED: creating them again", "all 60 steps are done"):
+    for state in ("PROVISIONING", "the machines are SUSPENDED: getting them again", "all 60 steps are done"):
         assert state in out
     assert "[tiny-1/0] " in out
     first, second = cloud.asked("create")
@@ -212,6 +216,21 @@ def test_several_slices_are_queued_and_preempted_together(cloud: Cloud, folder: 
     assert {"--node-count=2", "--node-prefix=tiny", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"} < set(first)
     assert cloud.state == {"nodes": {}, "queued": {}}
     assert len(losses(folder / "run")) == 60
+
+
+def test_a_host_that_was_started_anew_goes_on(cloud: Cloud, folder: Path) -> None:
+    more = ("--yes", "--follow", "--train.steps=60", "--tpu_vm.preemptions=1")
+    process = cloud.start("up", cloud.machines, "config.py", *more)
+    steps_reach(folder, 8, process)
+    disk = cloud.here / "disks" / "tiny"
+    disk.rename(cloud.here / "kept")
+    cloud.functions["lose_disks"]("tiny")
+    (cloud.here / "kept").rename(disk)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    assert "the machines are not running: getting them again" in out
+    assert "all 60 steps are done" in out
+    assert len(cloud.asked("create")) == 1
 
 
 def test_a_dry_run_asks_nothing_of_the_cloud(cloud: Cloud, folder: Path) -> None:
