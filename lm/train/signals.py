@@ -8,7 +8,6 @@ from types import FrameType
 
 from lm.errors import Stopped
 
-
 SAME_SECONDS = 10.0
 """In which a second SIGTERM is the first one again: a scheduler sends it to all processes of a job, and a supervisor
 among them passes it on."""
