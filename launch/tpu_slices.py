@@ -89,22 +89,21 @@ class Slices:
     def check_offered(self) -> None:
         """Raises LaunchError when the zone has no such TPU, with what it has."""
         what = f"what TPUs {self.spec.zone} has cannot be known"
-        listed = self._list(what, "compute", "tpus", "accelerator-types", "list")
+        listed = self._list(what, "compute", "tpus", "tpu-vm", "accelerator-types", "list")
         if self.commands.dry_run:
             return
-        wanted = self._kind_flags()
-        kinds = [(kind.get("type", ""), kind.get("acceleratorConfigs", ())) for kind in listed]
-        for kind, shapes in kinds:
-            if f"--accelerator-type={kind}" in wanted:
-                return
-            if any(f"--type={_type_of(one)}" in wanted and f"--topology={one['topology']}" in wanted for one in shapes):
-                return
-        there = sorted({kind.rpartition("-")[0] for kind, _ in kinds}) or ["none"]
-        same = [kind for kind, _ in kinds if kind.startswith(f"{_TYPES[self._shape()[0].name]}-")]
+        chip, shape = self._shape()
+        kind = _TYPES[chip.name]
+        there = {str(one.get("type", "")): one.get("acceleratorConfigs", ()) for one in listed}
+        same = [one for one in there if one.startswith(f"{kind}-")]
+        cores = math.prod(shape) * (2 if chip.dimensions == 3 else 1)  # what the numbers count
+        shapes = {config.get("topology") for one in same for config in there[one]}
+        if f"{kind}-{cores}" in same or "x".join(map(str, shape)) in shapes:
+            return
         raise LaunchError(
-            f"{self.spec.zone} has no {self.spec.topology}. TPUs there: {', '.join(there)}"
-            + (f"; of this kind: {', '.join(same)}" if same else "")
-            + ". Zones: `gcloud compute tpus locations list`, https://cloud.google.com/tpu/docs/regions-zones"
+            f"{self.spec.zone} has no {self.spec.topology}. TPUs there: "
+            f"{', '.join(same or sorted({one.rpartition('-')[0] for one in there})) or 'none'}. "
+            "Zones: https://cloud.google.com/tpu/docs/regions-zones"
         )
 
     def find(self) -> Found:
@@ -115,7 +114,7 @@ class Slices:
         request = next((one for one in requests if _id(one) == self.name), None)
         if request:
             for spec in request.get("tpu", {}).get("nodeSpec", ()):
-                self._is_ours(spec["node"], self.name)
+                self._is_ours(spec.get("node", {}), self.name)
         nodes.sort(key=lambda node: (len(_id(node)), _id(node)))  # name-10 comes after name-9
         hosts = tuple((_id(node), len(node.get("networkEndpoints", ()))) for node in nodes)
         states = [node["state"] for node in nodes]
@@ -188,8 +187,8 @@ class Slices:
         """The command that runs what follows it on a host."""
         return (
             *("gcloud", "compute", "tpus", "tpu-vm", "ssh", node, *self._where(), f"--worker={worker}"),
-            # Else what gcloud says of its doings looks like output of the host. And a host that is cut off is noticed.
-            *("--quiet", "--no-user-output-enabled", "--ssh-flag=-oConnectTimeout=10"),
+            # So that it asks nothing, and notices a host that was cut off.
+            *("--quiet", "--ssh-flag=-oConnectTimeout=10"),
             *("--ssh-flag=-oServerAliveInterval=5", "--ssh-flag=-oServerAliveCountMax=3"),
             *self.spec.ssh_options,
             "--command",
@@ -274,7 +273,10 @@ class Quiet(Commands):
         )
 
 
-_NOISE = re.compile(r"^ERROR: \(gcloud\.compute\.tpus\.tpu-vm\.ssh\) \[.*return code|^Warning: Permanently added")
+_NOISE = re.compile(
+    r"^(SSH: Attempting to connect|Using ssh batch size|Retrying: SSH|SSH key found|Propagating SSH public key|\.+done"
+    r"|Warning: Permanently added|ERROR: \(gcloud\.compute\.tpus\.tpu-vm\.ssh\) \[.* exited with)"
+)
 
 
 def _explained(done: Done) -> str:
@@ -286,10 +288,6 @@ def _explained(done: Done) -> str:
 def _id(thing: dict[str, Any]) -> str:
     """The last part of projects/…/locations/…/nodes/NAME."""
     return str(thing["name"]).rpartition("/")[2]
-
-
-def _type_of(config: dict[str, str]) -> str:
-    return {"V5LITE_POD": "v5litepod"}.get(config["type"], config["type"].lower())
 
 
 def _label(text: str) -> str:

@@ -265,6 +265,7 @@ def test_written_for_others(cloud: Cloud, folder: Path) -> None:
         ({}, ("--tpu_vm.zone=us-east1-b",), "us-east1-b has no v5e:1x1. TPUs there: none"),
         ({}, ("--tpu_vm.zone=mars-north1-a",), "Permission denied on 'locations/mars-north1-a' (or it may not exist)"),
         ({}, ("--tpu_vm.topology=v6e:1x1",), "us-east5-a has no v6e:1x1. TPUs there: v5litepod, v5p. Zones: "),
+        ({}, ("--tpu_vm.topology=v5p:2x2x1",), "us-east5-a has no v5p:2x2x1. TPUs there: v5p-16. Zones: "),
     ],
 )
 def test_what_is_refused_before_anything_costs(
@@ -318,10 +319,15 @@ def test_a_name_that_exists(cloud: Cloud, labels: dict[str, str]) -> None:
     assert cloud.state["nodes"]["tiny"]["state"] == "READY"
 
 
-def test_machines_of_another_shape(cloud: Cloud) -> None:
-    cloud.up()
+def test_what_is_there_is_something_else(cloud: Cloud) -> None:
+    cloud.up("--train.steps=100000")
     said = cloud.up("--tpu_vm.topology=v5p:2x2x2", "--train.batch_size=8", code=8)
     assert "there are 1 x v5litepod:1x1 called tiny, which is not the 1 x v5p:2x2x2 of the machines file" in said
+    said = cloud.up("--train.steps=9", code=8)
+    assert "    0: it is running there with another config or other code; first lm launch stop" in said
+    (cloud.here / "disks" / "tiny" / "0" / "lm-launches" / "tiny" / "owner").write_text("eve@laptop:/src")
+    said = cloud.up("--train.steps=100000", code=8)
+    assert "    0: a launch of this name is there, of eve@laptop:/src: take another name" in said
 
 
 @pytest.mark.parametrize(
