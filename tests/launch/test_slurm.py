@@ -174,6 +174,7 @@ def test_preempted_it_is_queued_again_and_goes_on(launch: Launch, machines: Path
     assert not run("squeue", "-h", "--me"), "stopped, it is not queued again"
 
 
+@pytest.mark.slow
 def test_it_ends_as_if_nothing_had_been(launch: Launch, machines: Path, folder: Path) -> None:
     """Asked to save as before its time is over, then killed without warning, then launched again."""
     more = (*LONG, "--model.width=64", "--model.layers=2")
@@ -198,6 +199,7 @@ def test_it_ends_as_if_nothing_had_been(launch: Launch, machines: Path, folder: 
     assert not (folder / "lm-launches" / "tiny").exists()
 
 
+@pytest.mark.slow
 def test_two_processes(launch: Launch, machines: Path, folder: Path) -> None:
     machines.write_text(MACHINES.format(processes=2))
     followed = launch("up", machines, "config.py", "--follow").stdout
@@ -205,6 +207,7 @@ def test_two_processes(launch: Launch, machines: Path, folder: Path) -> None:
     assert "2 x cpu" in followed
 
 
+@pytest.mark.slow
 def test_from_a_laptop_through_a_login_node(launch: Launch, machines: Path, folder: Path, two: tuple) -> None:
     host, servers = two
     login = host("login", f'ForceCommand SLURM_CONF={os.environ["SLURM_CONF"]} bash -c "$SSH_ORIGINAL_COMMAND"')

@@ -166,6 +166,7 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_host_that_is_cut_off_and_comes_back(folder: Path, servers: Servers, networks: tuple[str, ...]) -> None:
     """The run ends with the losses of one that nobody disturbed, bit for bit."""
     hub, inside = networks[0], ["ip", "netns", "exec", networks[0]]

@@ -164,6 +164,7 @@ def test_preempted_it_is_created_again_and_ends_the_same(cloud: Cloud, folder: P
     assert found == undisturbed(folder, "--train.steps=150")
 
 
+@pytest.mark.slow
 def test_every_verb_may_be_asked_again(cloud: Cloud, folder: Path) -> None:
     assert "there are no machines of tiny in us-east5-a; nothing costs" in cloud.launch("status", cloud.machines)
     assert "are not there: `lm launch up" in cloud.launch("logs", cloud.machines, code=8)
@@ -186,6 +187,7 @@ def test_every_verb_may_be_asked_again(cloud: Cloud, folder: Path) -> None:
     assert cloud.state["nodes"] == {}
 
 
+@pytest.mark.slow
 def test_two_hosts(cloud: Cloud, folder: Path) -> None:
     said = cloud.up("--follow", "--tpu_vm.topology=v5p:2x2x2", "--train.batch_size=8", "--tpu_vm.when_done=keep")
     assert "all 12 steps are done" in said
@@ -199,6 +201,7 @@ def test_two_hosts(cloud: Cloud, folder: Path) -> None:
     assert all(abs(found[step] - expected[step]) < 2e-5 * expected[step] for step in expected)
 
 
+@pytest.mark.slow
 def test_several_slices_are_queued_and_preempted_together(cloud: Cloud, folder: Path) -> None:
     cloud.behave(polls=2)
     arguments = ("--yes", "--follow", "--tpu_vm.slices=2", "--mesh.data=2", "--train.steps=60")
@@ -218,6 +221,7 @@ def test_several_slices_are_queued_and_preempted_together(cloud: Cloud, folder: 
     assert len(losses(folder / "run")) == 60
 
 
+@pytest.mark.slow
 def test_a_host_that_was_started_anew_goes_on(cloud: Cloud, folder: Path) -> None:
     more = ("--yes", "--follow", "--train.steps=60", "--tpu_vm.preemptions=1")
     process = cloud.start("up", cloud.machines, "config.py", *more)
@@ -451,6 +455,7 @@ def test_ctrl_c_tells_what_costs(cloud: Cloud, slow: dict[str, Any], verb: str, 
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_following(cloud: Cloud, folder: Path) -> None:
     process = cloud.start("up", cloud.machines, "config.py", "--yes", "--follow", "--train.steps=100000")
     steps_reach(folder, 5, process)
