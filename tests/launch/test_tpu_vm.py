@@ -413,6 +413,7 @@ echo 'export PATH={Path(sys.executable).parent}:$PATH' > ~/lm-python/bin/activat
     assert "what lm needs could not be installed (tpu_vm.install):\n    0: no such package" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("slow", "verb", "said"),
     [
