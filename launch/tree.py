@@ -47,13 +47,14 @@ def unpack(base: str, code: str, new: str = "new") -> str:
     return f"""\
 cd {base} || exit 1
 [ -d code-{code} ] && exit 0
-rm -rf {new} && mkdir {new} || exit 1
-said=$(tar -xzf - -C {new} 2>&1) || {{
-    rm -rf {new}
+new={new}.$$.$RANDOM  # another one may copy the same at the same time
+mkdir "$new" || exit 1
+said=$(tar -xzf - -C "$new" 2>&1) || {{
+    rm -rf "$new"
     {{ grep -m 1 'No space' <<< "$said" || head -n 1 <<< "$said"; }} >&2
     exit 1
 }}
-mv -T {new} code-{code} 2> /dev/null || {{ rm -rf {new}; [ -d code-{code} ]; }}"""
+mv -T "$new" code-{code} 2> /dev/null || {{ rm -rf "$new"; [ -d code-{code} ]; }}"""
 
 
 def _names(root: Path) -> Iterator[str]:

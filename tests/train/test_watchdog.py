@@ -204,7 +204,10 @@ def test_one_of_four_hangs(who: int, folder: Path, runs: list[Run]) -> None:
     assert [code for code, _, _ in results] == [6] * 4
     assert run.seconds < LIMIT + 15
     assert " in hang_in_c\n" in results[who][2] + (folder / f"hang.{who}.txt").read_text()
-    assert any(f"process {who} on " in error for index, (_, _, error) in enumerate(results) if index != who), results
+    others = [error for index, (_, _, error) in enumerate(results) if index != who]
+    # Who is the first to say it tells the others; all may be the first.
+    named = any(f"process {who} on " in error for error in others)
+    assert named or all("no progress for " in error for error in others), results
 
 
 @pytest.mark.parametrize("who", [0, 2])
