@@ -87,7 +87,7 @@ def compare_speed(config: Config, pairs: int, steps: int) -> None:
     }
     sides = []
     for context in (contextlib.nullcontext(), unguarded()):
-        state = init_state(config, jax.random.key(0))
+        state = jax.tree.map(jnp.array, init_state(config, jax.random.key(0)))  # each its own: they are donated
         with context:
             sides.append((step.jit_train_step(config, mesh).lower(state, batch).compile(), [state]))
 
