@@ -126,9 +126,10 @@ class Slices:
         if not states:
             return Found()
         stage: Stage = "coming"
-        for name, among in (("gone", _GONE), ("going", _GOING)):
-            if among_states := [state for state in states if state in among]:
-                return Found(name, among_states[0], hosts, request is not None, why)  # type: ignore[arg-type]
+        ends: dict[Stage, tuple[str, ...]] = {"gone": _GONE, "going": _GOING}
+        for one, among in ends.items():
+            if ended := [state for state in states if state in among]:
+                return Found(one, ended[0], hosts, request is not None, why)
         complete = len(nodes) == self.spec.slices
         if all(state in _READY for state in states):
             # Google removes nodes of its own accord too: a request stays, and has lost them.
