@@ -15,7 +15,7 @@ from pathlib import Path
 from launch.commands import Commands
 from launch.hosts import Host, Hosts, raise_failed
 from launch.local import copy_lines
-from launch.target import Run, Target, ended, owner, shell_path, write_files
+from launch.target import Run, Target, ended, owner, raise_ended, shell_path, write_files
 from launch.tree import pack, unpack
 from lm.errors import LaunchError
 
@@ -102,6 +102,9 @@ done"""
             self.show_logs(follow=follow)
         except KeyboardInterrupt:
             self.commands.say(f"the run goes on; {self.verb('stop')} ends it")
+            return
+        if follow and not self.commands.dry_run:
+            raise_ended(self.name, self.ends())
 
     def show_logs(
         self, *, follow: bool, until: Callable[[], bool] = lambda: False, seconds: float | None = None

@@ -3,16 +3,18 @@
 import dataclasses
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from launch.commands import Commands
-from launch.target import Run, Target, owner, write_files
-from lm.errors import ConfigError, CorruptionError, DataError, DivergedError, LaunchError
+from launch.target import Run, Target, owner, raise_ended, write_files
+from lm.errors import LaunchError
+from lm.train.supervise import FINAL
 
-FINAL = (ConfigError.exit_code, DataError.exit_code, DivergedError.exit_code, CorruptionError.exit_code)
-"""Exit codes that end the run; after all others, and after the loss of a node, all processes start again."""
+END_SECONDS = 20.0
+"""From the end of all containers to that of the JobSet, at most."""
 _OWNER = "lm/launched-by"
 _DIGEST = "lm/launched"
 _PORT = 8476
@@ -138,6 +140,22 @@ class JobSet(Target):
             self.commands.follow(argv)
         except KeyboardInterrupt:
             self.commands.say(f"the run goes on; {self.verb('stop')} ends it")
+            return
+        if follow and not self.commands.dry_run:
+            self._raise_ended()
+
+    def _raise_ended(self) -> None:
+        """Raises RunEnded with the exit code of a run that has failed; what its log has told may come before that."""
+        until = time.monotonic() + END_SECONDS
+        while (there := self._there()) is not None and (state := there.get("status", {}).get("terminalState")) is None:
+            if time.monotonic() > until:
+                self.commands.say(f"{self.name} has not ended, only its log: {self.verb('logs --follow')} goes on")
+                return
+            time.sleep(1)
+        if there is not None and state == "Failed":
+            code = "jsonpath={.items[*].status.containerStatuses[*].state.terminated.exitCode}"
+            codes = self._must("how it ended is not known", "get", "pods", "-l", self._label(), "-o", code).split()
+            raise_ended(self.name, [one for one in codes if one != "0"] or ["none"])
 
     def stop(self) -> None:
         if (there := self._there()) is not None:
@@ -244,7 +262,7 @@ def manifests(name: str, gke: Gke, run: Run) -> list[dict[str, Any]]:
             "rules": [
                 {
                     "action": "FailJob",
-                    "onExitCodes": {"containerName": "train", "operator": "In", "values": sorted(FINAL)},
+                    "onExitCodes": {"containerName": "train", "operator": "In", "values": sorted(filter(None, FINAL))},
                 }
             ]
         },

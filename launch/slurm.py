@@ -10,7 +10,7 @@ from launch.commands import Commands
 from launch.hosts import THIS, Host, Hosts
 from launch.ssh import Ssh
 from launch.ssh import command as ssh_command
-from launch.target import Run, Target, ended, owner, shell_path, write_files
+from launch.target import Run, Target, ended, owner, raise_ended, shell_path, write_files
 from launch.tree import pack, unpack
 from lm.errors import Stopped
 
@@ -128,6 +128,10 @@ sleep 1"""
             self.commands.follow(self.host.hosts[0].command(script))
         except KeyboardInterrupt:
             self.commands.say(f"the run goes on; {self.verb('stop')} ends it")
+            return
+        if not self.commands.dry_run:
+            code = self._do(f"cat {self.base}/exit 2> /dev/null || echo none", "how it ended is not known")
+            raise_ended(self.name, [code.strip()])
 
     def stop(self) -> None:
         script = f"""\

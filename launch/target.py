@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launch.commands import Commands
 from launch.tree import ROOT
-from lm.errors import ConfigError
+from lm.errors import ConfigError, LmError, LostProcessError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +117,22 @@ def ended(code: int | str) -> str:
     except ValueError:
         return "ended without a word: killed, or its machine failed"
     return f"ended with {number}: {_MEANING.get(number, 'killed' if number > 128 else 'a bug')}"
+
+
+class RunEnded(LmError):
+    """A run that was followed did not end with 0; the exit code is the run's."""
+
+
+def raise_ended(name: str, codes: Sequence[str]) -> None:
+    """Raises RunEnded when a process of a run that was followed did not end with 0. "": it runs, or is not known."""
+    failed = [code for code in codes if code not in ("", "0")]
+    if not failed:
+        return
+    because_of_others = (str(LostProcessError.exit_code), "none")
+    first = next((code for code in failed if code not in because_of_others), failed[0])
+    error = RunEnded(f"{name} {ended(first)}")
+    error.exit_code = int(first) if first.isdecimal() else 1
+    raise error
 
 
 def problems(name: str, python: str, setup: Sequence[str], environment: Sequence[str]) -> list[tuple[str, str]]:

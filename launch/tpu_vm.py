@@ -13,7 +13,7 @@ from launch.background import Background
 from launch.commands import Commands, Interrupted
 from launch.fits import training_hours
 from launch.hosts import Host, Hosts, raise_failed
-from launch.target import Run, Target, ended, write_files
+from launch.target import Run, Target, ended, raise_ended, write_files
 from launch.tpu_slices import Found, Quiet, Slices
 from lm.errors import ConfigError, LaunchError, LmError
 
@@ -261,6 +261,7 @@ class TpuVms(Target):
             self._delete(found)
         else:
             self.commands.say(self._costs())
+        raise_ended(self.name, ends)
 
     def _again(self, run: Run) -> "Workers":
         """Until there is capacity for them."""

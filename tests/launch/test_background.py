@@ -70,6 +70,11 @@ def test_the_losses_are_those_of_one_process(launch: Launch, machines: Path, fol
     assert all(abs(found[step] - expected[step]) < 2e-5 * expected[step] for step in expected)
 
 
+def test_what_is_followed_gives_its_exit_code(launch: Launch, machines: Path, folder: Path) -> None:
+    (folder / "run").write_text("a file where the run's folder should be")
+    assert "lm: tiny ended with 2: config or usage\n" in launch("up", machines, "config.py", "--follow", code=2).stderr
+
+
 def test_a_name_that_somebody_else_has(launch: Launch, machines: Path, folder: Path) -> None:
     own = folder / "lm-launches" / "tiny"
     own.mkdir(parents=True)

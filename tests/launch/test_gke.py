@@ -88,7 +88,7 @@ def test_two_spot_slices() -> None:
 def test_exit_codes_that_end_the_run_and_those_that_do_not() -> None:
     job = jobset(TPU)["spec"]["replicatedJobs"][0]["template"]["spec"]
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [2, 3, 4, 7]}
+    assert rule["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [2, 4, 7, 130]}
     assert job["template"]["spec"]["restartPolicy"] == "Never", "what a podFailurePolicy needs"
     policy = jobset(TPU)["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 100
@@ -176,7 +176,7 @@ if verb == "get" and rest[0] == "jobset":
     if rest[1] in state:
         print(json.dumps(state[rest[1]]))
 elif verb == "get" and rest[0] == "pods":
-    print("POD STATE NODE CODE")
+    print("0 6 4 6" if "jsonpath" in rest[-1] else "POD STATE NODE CODE")
 elif verb == "apply" and rest == ["-f", "-"]:
     given = json.load(sys.stdin)
     if "slow" in state:
@@ -238,6 +238,17 @@ def test_one_that_has_ended_is_made_again(launch: Launch, state: Path) -> None:
     assert "tiny: Failed, 3 restarts" in launch("status", "machines.py").stdout
     launch("up", "machines.py", "config.py", "--yes")
     assert "status" not in json.loads(state.read_text())["tiny"]
+
+
+@pytest.mark.parametrize(("state_at_end", "code"), [("Failed", 4), ("Completed", 0)])
+def test_what_is_followed_gives_its_exit_code(launch: Launch, state: Path, state_at_end: str, code: int) -> None:
+    launch("up", "machines.py", "config.py", "--yes")
+    there = json.loads(state.read_text())
+    there["tiny"]["status"] = {"terminalState": state_at_end}
+    state.write_text(json.dumps(there))
+    said = launch("logs", "machines.py", "--follow", code=code)
+    assert "a line of the log" in said.stdout
+    assert ("lm: tiny ended with 4: diverged" in said.stderr) == bool(code)
 
 
 def test_what_is_somebody_elses_is_left_alone(launch: Launch, state: Path) -> None:
