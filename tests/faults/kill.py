@@ -165,9 +165,10 @@ def live(
     if poisoned:
         poison()
     from lm import cli
+    from lm.cli import training
 
-    cli._BEGAN = time.monotonic()
-    cli._expect = lambda config, mesh: None  # takes time, and writes nothing
+    training._BEGAN = time.monotonic()
+    training._expect = lambda config, mesh: None  # takes time, and writes nothing
     return cli.main([*arguments])
 
 
