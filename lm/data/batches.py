@@ -201,7 +201,9 @@ class Batches:
 class Evaluation:
     """The windows of a split of all sources in order, from the start: each token is a target at most once.
 
-    The last batch is filled up with rows of padding, whose loss mask is 0. Batches are as in `Batches`.
+    The last batch is filled up with rows of padding, whose loss mask is 0. Batches are as in `Batches`, and have
+
+        source     int32 [B]       which of `sources` a row is of
     """
 
     def __init__(self, corpus: Corpus, split: str, batch_size: int, sequence_length: int) -> None:
@@ -216,6 +218,11 @@ class Evaluation:
         """All that is read for batches goes through it."""
         return self._rows.reads
 
+    @property
+    def sources(self) -> list[str]:
+        """What they are called, those of which the split has something."""
+        return self._rows.titles
+
     def __len__(self) -> int:
         return -(-int(self._ends[-1]) // self._batch_size)
 
@@ -227,7 +234,8 @@ class Evaluation:
         begins = np.concatenate([[0], self._ends])
         start = (window - begins[source])[there] * self._rows.length
         tokens = np.array([stream.tokens for stream in self._rows.streams])[source[there]]
-        return self._rows.pack(source, Spans(there, start, np.minimum(tokens - start, self._rows.length)))
+        batch = self._rows.pack(source, Spans(there, start, np.minimum(tokens - start, self._rows.length)))
+        return batch | {"source": source.astype(np.int32)}
 
 
 class _Rows:
@@ -236,10 +244,12 @@ class _Rows:
     def __init__(self, corpus: Corpus, split: str, sequence_length: int) -> None:
         shelf = Shelf()
         self.reads = shelf.reads
-        self.streams = []
+        self.streams: list[TokenStream] = []
+        self.titles: list[str] = []
         for one in corpus.sources:
             if one.manifest.tokens(split) or len(corpus.sources) == 1:
                 self.streams.append(TokenStream(one.directory, split, one.manifest, shelf, one.name))
+                self.titles.append(one.title)
             elif split == "train":
                 raise DataError(f"source {one.name}: {one.directory} has nothing to train on")
         if not self.streams:

@@ -29,9 +29,9 @@ def perplexity(trained: Trained, *, data_dir: str | None = None, split: str = "h
     size = trained.mesh.size * math.ceil(config.train.batch_size / trained.mesh.size)  # the devices share it evenly
     windows = Evaluation(corpus, split, size, config.train.sequence_length)
     batches = dataclasses.replace(config.train, batch_size=size, accumulation=1)
-    eval_step = jax.jit(make_eval_step(dataclasses.replace(config, train=batches), trained.mesh))
+    eval_step = jax.jit(make_eval_step(dataclasses.replace(config, train=batches), trained.mesh, len(windows.sources)))
     sharding = batch_sharding(trained.mesh)
     rows = local_rows(sharding, size)
     with Loader(windows, range(len(windows)), rows, stall_seconds=config.data.stall_seconds) as loader:
         parts = (whole_batch(batch, rows, size, sharding) for _, batch in loader)
-        return held_out_loss(eval_step, trained.params, parts)
+        return held_out_loss(eval_step, trained.params, parts, windows.sources)

@@ -66,12 +66,8 @@ class Attention(nnx.Module):
         """
         here = jax.tree.map(layout.sequence, places) if layout.over("sequence") else places
         x = layout.enter(x)
-        q = self._norm(linear(x, self.query, layout, self.query_bias), self.query_norm, layout)
-        k = self._norm(linear(x, self.key, layout, self.key_bias), self.key_norm, layout)
+        q, k = self.queries_and_keys(x, here, layout)
         v = linear(x, self.value, layout, self.value_bias)
-        if self.rope_theta is not None:
-            q = rotary(q, here.positions, self.rope_theta, platform=layout.platform)
-            k = rotary(k, here.positions, self.rope_theta, platform=layout.platform)
         q, k, v = (checkpoint_name(part, name) for part, name in ((q, "query"), (k, "key"), (v, "value")))
         sources = places
         if cache is not None:
@@ -96,6 +92,15 @@ class Attention(nnx.Module):
         )
         y = layout.leave(linear(y.reshape(*y.shape[:2], -1), self.output, layout), "heads")
         return y if self.output_bias is None else y + self.output_bias[...].astype(y.dtype), cache
+
+    def queries_and_keys(self, x: jax.Array, places: Places, layout: Layout = LOCAL) -> tuple[jax.Array, jax.Array]:
+        """As scores are made of them: [B, S, H, head_dim] and [B, S, K, head_dim], of x and where its columns stand."""
+        q = self._norm(linear(x, self.query, layout, self.query_bias), self.query_norm, layout)
+        k = self._norm(linear(x, self.key, layout, self.key_bias), self.key_norm, layout)
+        if self.rope_theta is not None:
+            q = rotary(q, places.positions, self.rope_theta, platform=layout.platform)
+            k = rotary(k, places.positions, self.rope_theta, platform=layout.platform)
+        return q, k
 
     def _norm(self, x: jax.Array, norm: Norm | None, layout: Layout) -> jax.Array:
         if norm is None:

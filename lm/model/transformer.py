@@ -45,14 +45,19 @@ class Block(nnx.Module):
         cache: KeyValues | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
         keys = (None, None) if key is None else (_fold_in(key, 0), _fold_in(key, 1))
-        reads_norm = self.placement in ("pre", "sandwich")
-
-        y, cache = self.attention(self.attention_norm(x) if reads_norm else x, places, layout, cache)
+        y, cache = self.attention(self._read(x, self.attention_norm), places, layout, cache)
         y = checkpoint_name(y, "attention_output")
         x = self._add(x, y, self.attention_norm, self.attention_output_norm, keys[0])
-        y = self.feed_forward(self.feed_forward_norm(x) if reads_norm else x, layout)
+        y = self.feed_forward(self._read(x, self.feed_forward_norm), layout)
         x = self._add(x, y, self.feed_forward_norm, self.feed_forward_output_norm, keys[1])
         return x, cache
+
+    def queries_and_keys(self, x: jax.Array, places: Places) -> tuple[jax.Array, jax.Array]:
+        """Of a whole residual stream: see `Attention`."""
+        return self.attention.queries_and_keys(self._read(x, self.attention_norm), places)
+
+    def _read(self, x: jax.Array, norm: Norm) -> jax.Array:
+        return norm(x) if self.placement in ("pre", "sandwich") else x
 
     def _add(
         self, x: jax.Array, y: jax.Array, norm: Norm, output_norm: Norm | None, key: jax.Array | None
@@ -120,7 +125,7 @@ class Transformer(nnx.Module):
         if key is not None and config.dropout:
             columns = layout.residual(layout.sequence(jnp.arange(tokens.shape[1])[None]))[0]
             keys = jax.vmap(lambda row: jax.vmap(lambda column: jax.random.fold_in(row, column))(columns))(key)
-        x = self._embed(tokens, places, dtype, layout)
+        x = self.embed(tokens, places, dtype, layout)
         x = dropout(x, config.dropout, None if keys is None else _fold_in(keys, config.layers))
 
         if layout.stages > 1:
@@ -129,7 +134,8 @@ class Transformer(nnx.Module):
         x, cache = self._all_layers(x, places, keys, layout, cache, remat, unroll)
         return x if self.final_norm is None else self.final_norm(x), cache
 
-    def _embed(self, tokens: jax.Array, places: Places, dtype: jnp.dtype, layout: Layout) -> jax.Array:
+    def embed(self, tokens: jax.Array, places: Places, dtype: jnp.dtype, layout: Layout = LOCAL) -> jax.Array:
+        """What the first layer reads, but for dropout."""
         x = layout.look_up(self.embedding[...], layout.sequence(tokens), dtype)
         here = layout.residual(layout.sequence(places.positions))
         if self.positions is not None:
@@ -151,11 +157,11 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         config, period = self.config, len(self.config.pattern)
         groups = config.layers // period
-        graphs, states = _split_all(self.layers)
+        graphs, states = split_all(self.layers)
         stacked_cache = {i: None if cache is None else cache[i] for i in graphs}
         x, stacked_cache = _scan(graphs, states, x, 0, places, keys, layout, stacked_cache, remat, unroll)
 
-        last_graphs, last_states = _split_all(self.last_layers)
+        last_graphs, last_states = split_all(self.last_layers)
         last_cache: dict[str, KeyValues | None] = {}
         for i in map(str, range(len(last_graphs))):
             name, layer = f"last_{i}", jnp.int32(groups * period + int(i))
@@ -169,7 +175,7 @@ class Transformer(nnx.Module):
     ) -> jax.Array:
         """All layers as a pipeline: from all rows of this device, the same on each stage, to the rows that this
         stage computes the loss of (`Layout.loss_rows`)."""
-        graphs, states = _split_all(self.layers)
+        graphs, states = split_all(self.layers)
 
         def stage(part: Any, x: jax.Array, rows: tuple[Places, jax.Array | None], first: jax.Array) -> jax.Array:
             places, keys = rows
@@ -314,6 +320,7 @@ def _stack(make: Any, keys: jax.Array) -> nnx.Module:
     return nnx.merge(graph, jax.lax.map(lambda key: nnx.state(make(key)), keys))
 
 
-def _split_all(blocks: nnx.Dict) -> tuple[dict[str, Any], dict[str, nnx.State]]:
+def split_all(blocks: nnx.Dict) -> tuple[dict[str, Any], dict[str, nnx.State]]:
+    """What blocks are, and their parameters, which `nnx.merge` puts together again."""
     pairs = {i: nnx.split(block) for i, block in blocks.items()}
     return {i: graph for i, (graph, _) in pairs.items()}, {i: state for i, (_, state) in pairs.items()}

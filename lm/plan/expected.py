@@ -7,10 +7,11 @@ from jax.sharding import Mesh
 from lm.chips import chip_of, measured_cpu
 from lm.experiment import Config
 from lm.parallel.mesh import count_slices
-from lm.plan.analytic import predict
+from lm.plan.analytic import Prediction, predict
 from lm.plan.machine import Machine
 from lm.plan.topology import wrapped
 from lm.train.forecast import Expected
+from lm.train.progress import human_bytes
 
 
 def expect(config: Config, mesh: Mesh) -> Expected | None:
@@ -20,7 +21,23 @@ def expect(config: Config, mesh: Mesh) -> Expected | None:
         return None
     found = predict(config, machine, dict(mesh.shape))
     memory, devices = found.memory, machine.chip.devices
-    return Expected(found.step_seconds, memory.total // devices, memory.again // devices)
+    return Expected(found.step_seconds, memory.total // devices, memory.again // devices, _lines(found, mesh))
+
+
+def _lines(found: Prediction, mesh: Mesh) -> tuple[str, ...]:
+    times, memory, estimate = found.estimate.times, found.memory, found.estimate
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    parts = {name: seconds for name, seconds in times.parts.items() if seconds}
+    kinds = ("parameters", "optimizer", "gradients", "saved", "rest", "again")
+    held = {name: size for name in kinds if (size := getattr(memory, name))}
+    return (
+        f"mesh            {sizes}",
+        f"step            {times.step:.4g} s, {estimate.tokens_per_second:,.0f} tokens/s, MFU {estimate.mfu:.1%}",
+        f"bound by        {times.bound_by}",
+        *(f"  {name:<14}{seconds:.4g} s" for name, seconds in parts.items()),
+        f"memory          {human_bytes(memory.total)} of {human_bytes(memory.capacity)} a chip",
+        *(f"  {name:<14}{human_bytes(size)}" for name, size in held.items()),
+    )
 
 
 def machine_of(mesh: Mesh) -> Machine | None:

@@ -155,6 +155,8 @@ class LogConfig:
 
     every: int = 10
     """Steps from line to line of metrics.jsonl and point to point in TensorBoard; the last step always."""
+    detail: Literal["all", "scalars"] = "all"
+    """all: with every evaluation also attention, histograms and pictures (lm/train/probe.py)."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.every < 1:

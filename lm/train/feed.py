@@ -79,6 +79,17 @@ class Feed:
         shapes = self.batches.shapes()
         return {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self.sharding) for k, v in shapes.items()}
 
+    def held_out_begin(self) -> dict[str, np.ndarray]:
+        """All rows of the first held-out batch, the same in each process."""
+        assert self.held_out is not None
+        evaluation, limit = self.held_out, self._config.data.stall_seconds
+        return in_time(lambda: evaluation.batch(0), "held-out text", limit, evaluation.reads)
+
+    def held_out_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """As `shapes`, of a held-out batch."""
+        rows = jax.ShapeDtypeStruct((self._config.train.batch_size,), np.int32, sharding=self.sharding)
+        return {name: x for name, x in self.shapes().items() if name != "prefix"} | {"source": rows}
+
     def from_step(self, first: int) -> Loader:
         data, steps = self._config.data, range(first, self._config.train.steps)
         return Loader(self.batches, steps, self.rows, workers=data.loader_workers, stall_seconds=data.stall_seconds)

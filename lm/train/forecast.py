@@ -19,6 +19,8 @@ class Expected:
     memory_bytes: int
     again_bytes: int = 0
     """Of these, what is there only while a step is computed twice."""
+    lines: tuple[str, ...] = ()
+    """The whole plan, for a person."""
 
     def __post_init__(self) -> None:
         for name in ("step_seconds", "memory_bytes"):

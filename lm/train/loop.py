@@ -49,12 +49,14 @@ from lm.train.bad_steps import BadSteps, Seen
 from lm.train.corruption import Verification
 from lm.train.feed import Feed, build_data
 from lm.train.forecast import Expect, Expected, Forecast
-from lm.train.groups import gradient_groups
+from lm.train.groups import groups_of
+from lm.train.health import Health
 from lm.train.heldout import HeldOut, held_out_loss
 from lm.train.host_memory import keep_freed_memory
 from lm.train.journal import Journal
 from lm.train.ledger import Ledger
 from lm.train.meter import Meter
+from lm.train.probe import Probe
 from lm.train.progress import Progress, human_count, human_seconds
 from lm.train.resume import refuse_other_run
 from lm.train.run_directory import RunDirectory
@@ -150,7 +152,8 @@ class _Run:
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         self.processes, self.expect = processes, expect
         self.stopped_by: str | None = None
-        self.bad_steps = BadSteps(gradient_groups(config))
+        self.bad_steps = BadSteps(groups_of(config.model).kinds)
+        self.health = Health(config)
         self.say = progress.say
         self.started = time.monotonic()
         self.slowest_said = self.started
@@ -240,10 +243,14 @@ class _Run:
         )
         # At a new phase of the mixture the loss is another one.
         self.forget = jax.jit(forget, donate_argnums=0, out_shardings=self.shardings).lower(self.abstract).compile()
-        batch.pop("prefix", None)  # text that is held out has none
-        self.eval_step = jax.jit(make_eval_step(config, self.mesh)).lower(self.abstract.params, batch).compile()
+        self.probe = None
+        if (held_out := self.feed.held_out) is not None:
+            eval_step = jax.jit(make_eval_step(config, self.mesh, len(held_out.sources)))
+            self.eval_step = eval_step.lower(self.abstract.params, self.feed.held_out_shapes()).compile()
+            if config.log.detail == "all":
+                self.probe = Probe(config, self.mesh, self.abstract, self.feed.held_out_begin(), self.feed.tokenizer)
         self.checkpoints.compile(self.abstract)
-        self.summaries.config(configs.to_json(config))
+        self.summaries.config(config)
         flops = flops_per_token(config.model, config.train.sequence_length)
         peak = peak_flops(jax.devices()[0].device_kind)
         self.meter = Meter(
@@ -260,7 +267,10 @@ class _Run:
             f"compiled in {human_seconds(time.monotonic() - start)}, "
             f"ready after {human_seconds(time.monotonic() - self.started)}"
         )
-        self.forecast = Forecast(self.expected(), self.train_step, self.mesh.local_devices[0])
+        expected = self.expected()
+        self.forecast = Forecast(expected, self.train_step, self.mesh.local_devices[0])
+        if expected and expected.lines:
+            self.summaries.text(0, "plan", verbatim("\n".join(expected.lines)))
 
     def expected(self) -> Expected | None:
         """What is predicted; a prediction that fails never ends a run."""
@@ -376,10 +386,11 @@ class _Run:
             if self.verification:
                 self.verification.check(k)
             fetched = jax.device_get(metrics)
-        norms = fetched.pop("group_grad_norms")
+        kinds, depths = fetched.pop("kind_norms"), fetched.pop("depth_norms")
         values = {name: float(value) for name, value in fetched.items()}
         streak, finite = int(values.pop("bad_streak")), bool(values.pop("finite"))
-        self.bad_steps.see(Seen(k, values, norms), applied=not streak, finite=finite)
+        self.bad_steps.see(Seen(k, values, kinds), applied=not streak, finite=finite)
+        self.health.see(values, applied=not streak)
         if streak:
             what = "a spike" if finite else "loss or gradient not finite"
             self.say(f"step {k}: {what}, not applied ({streak} in a row)")
@@ -393,7 +404,7 @@ class _Run:
             values["batches_left_out"] = self.feed.batches.skips.batch(k) - k
         values |= extra
         if k % self.config.log.every == 0 or k == self.config.train.steps - 1 or extra or streak:
-            values |= self.meter.read(k) | self.forecast.values()
+            values |= self.meter.read(k) | self.forecast.values() | self.health.values(depths)
             self.name_slowest(k)
             if self.processes.primary:
                 values |= self.checkpoints.counts() | self.local.counts() | self.journal.goodput().values()
@@ -426,15 +437,20 @@ class _Run:
             result = self.held_out_on(state, [int(i) for i in np.linspace(0, count - 1, wanted).round()], k + 1)
             self.say(f"after step {k}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte")
             self.sample(state, k)
-        return {"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte}
+            return result.values() | self.look(state, k)
+
+    def look(self, state: TrainState, k: int) -> dict[str, float]:
+        return self.probe.look(state, k, self.summaries) if self.probe else {}
 
     def held_out_on(self, state: TrainState, which: list[int], step: int) -> HeldOut:
         def put(batch: dict[str, np.ndarray]) -> Batch:
             self.watchdog.phase("evaluation", step)  # anew with each, of which few are ahead of the devices
             return self.feed.put(batch)
 
+        assert self.feed.held_out is not None
         with self.feed.held_out_batches(which) as loader:
-            return held_out_loss(self.eval_step, state.params, (put(batch) for _, batch in loader))
+            batches = (put(batch) for _, batch in loader)
+            return held_out_loss(self.eval_step, state.params, batches, self.feed.held_out.sources)
 
     def sample(self, state: TrainState, k: int) -> str:
         if not self.config.sample.tokens:
@@ -482,7 +498,7 @@ class _Run:
         self.checkpoints.set_aside_after(step)
         self.journal.rewind(step)
         self.take_data(self.feed.ledger.rewound(step, until, attempt) if self.processes.primary else None)
-        self.bad_steps = BadSteps(gradient_groups(self.config))
+        self.bad_steps = BadSteps(groups_of(self.config.model).kinds)
         self.summaries.close()
         self.open_summaries(step)
         self.summaries.text(step, "rewind", verbatim("\n".join(known)))
@@ -518,9 +534,7 @@ class _Run:
         steps = self.config.train.steps
         if self.feed.held_out is not None:
             result = self.held_out_on(state, list(range(len(self.feed.held_out))), steps)
-            self.summaries.amend_last(
-                steps - 1, {"heldout_loss": result.loss, "heldout_bits_per_byte": result.bits_per_byte}
-            )
+            self.summaries.amend_last(steps - 1, result.values() | self.look(state, steps - 1))
             self.say(
                 f"held-out: {result.bits_per_byte:.4f} bits per byte, loss {result.loss:.4f} nats per token, "
                 f"perplexity {result.perplexity:.2f}, over {human_count(result.bytes)} bytes never trained on"

@@ -9,6 +9,8 @@ _Sums = collections.defaultdict[str, float]
 
 PAUSES = ("save", "evaluation")
 """What is no training time."""
+PARTS = {"devices": "compute", "input": "input", "others": "others", "save": "save", "evaluation": "evaluation"}
+"""What the host waits for, or does, and what it is called in metrics.jsonl; the rest is the host's."""
 
 
 class Meter:
@@ -47,7 +49,8 @@ class Meter:
             "tokens": (step + 1) * self.tokens_per_step,
             "tokens_per_second": speed,
             "step_seconds": seconds / steps,
-            "input_wait_seconds": spent["input"] / steps,
+            **{f"step_seconds/{PARTS[what]}": spent[what] / steps for what in PARTS},
+            "step_seconds/host": host / steps,
             "model_flops_per_second": speed * self._flops_per_token,
         }
         if self._peak is not None:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lm.errors import ConfigError
 from lm.experiment import Config
-from lm.model.loss import Batch, LossSums, next_token_loss
+from lm.model.loss import Batch, LossSums, next_token_loss, row_losses
 from lm.model.remat import Remat
 from lm.model.transformer import bind, compute_dtype
 from lm.optim.optimizer import optimizer
@@ -20,7 +20,7 @@ from lm.parallel.mesh import AnyMesh
 from lm.parallel.pipeline import split_rows
 from lm.parallel.sharding import batch_sharding, rules, spec
 from lm.train.compiler import compiler_options
-from lm.train.groups import group_norms
+from lm.train.groups import norms
 from lm.train.state import TrainState, abstract_state
 
 Metrics = dict[str, jax.Array]
@@ -28,7 +28,8 @@ Metrics = dict[str, jax.Array]
 
 def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure function from state and batch to the next state and float32 metrics, all scalars but
-    `group_grad_norms` (see `gradient_groups`). The caller jits it, donating the state.
+    `kind_norms`, of the gradient, and `depth_norms`, of gradient, parameters and update (lm/train/groups.py). The
+    caller jits it, donating the state.
 
     Loss and gradients are computed as lm/parallel/layout.py tells; the update is split by the compiler, which after
     the gradients has nothing left to exchange but norms.
@@ -50,10 +51,12 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
         loss, nll, rate = sums.total / weight, sums.nll / weight, schedule(state.step)
 
         old_opt_state = _to(jax.memory.Space.Device, state.opt_state) if on_host else state.opt_state
-        updates, opt_state = transformation.update(gradients, old_opt_state, state.params)
+        gradient = norms(gradients, config.model)
+        grad_norm = gradient.whole
+        updates, opt_state = transformation.update(gradients, old_opt_state, state.params, grad_norm=grad_norm)
         updates = jax.tree.map(lambda u: -rate * u, updates)
-        grad_norm, update_norm = optax.tree.norm(gradients), optax.tree.norm(updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        change = norms(updates, config.model)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(change.whole)
         accepted = finite & state.guard.accepts(nll, grad_norm, config.recovery.spike_sigmas)
         params = _select(accepted, optax.apply_updates(state.params, updates), state.params)
         opt_state = _select(accepted, opt_state, old_opt_state)
@@ -67,18 +70,20 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
             # A batch without targets says nothing.
             guard=_select(accepted & (sums.weight > 0), state.guard.add(nll, grad_norm), state.guard),
         )
+        weights = norms(params, config.model)
         metrics = {
             "loss": nll,
             "bits_per_byte": sums.nll / (jnp.log(2.0) * jnp.maximum(sums.bytes, 1.0)),
             "learning_rate": rate,
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(params),
-            "update_norm": update_norm,
+            "param_norm": weights.whole,
+            "update_norm": change.whole,
             "targets": sums.weight,
             "skipped_steps": new_state.skipped,
             "bad_streak": new_state.bad_streak,
             "finite": finite,
-            "group_grad_norms": group_norms(gradients),
+            "kind_norms": gradient.kinds,
+            "depth_norms": jnp.stack([gradient.depths, weights.depths, change.depths]),
         }
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
@@ -96,14 +101,17 @@ def jit_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     )
 
 
-def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch], LossSums]:
-    """The pure function from parameters and batch to the sums of the loss, without dropout and z-loss."""
+def make_eval_step(config: Config, mesh: Mesh, sources: int = 1) -> Callable[[Any, Batch], LossSums]:
+    """The pure function from parameters and batch to the sums of the loss, without dropout and z-loss, of each source
+    [sources]: `batch["source"]`, int32 [B], says of which a row is."""
     layout = layout_of(config.mesh, mesh)
     dtype = compute_dtype(config.model, layout.platform)
     check_batch(config, mesh, layout)
 
     def eval_step(params: Any, batch: Batch) -> LossSums:
-        sums = next_token_loss(bind(config.model, params), batch, dtype=dtype, layout=layout)
+        found = row_losses(bind(config.model, params), batch, dtype=dtype, layout=layout)
+        own = layout.loss_rows(batch["source"])[:, None] == jnp.arange(sources)
+        sums = jax.tree.map(lambda x: jnp.sum(jnp.where(own, x[:, None], 0.0), axis=0), found)
         return jax.tree.map(layout.total, sums)
 
     specs = _parameter_specs(config, mesh)

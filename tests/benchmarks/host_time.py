@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from lm import config as configs
 from lm.experiment import Config, RunConfig
 from lm.train import loop, step
-from lm.train.groups import gradient_groups
+from lm.train.groups import groups_of
 
 NAMES = (
     "loss", "bits_per_byte", "learning_rate", "grad_norm", "param_norm", "update_norm", "targets", "skipped_steps",
@@ -29,11 +29,14 @@ NAMES = (
 
 
 def without_computation(config, mesh):
-    groups = len(gradient_groups(config))
+    groups = groups_of(config.model)
 
     def step(state, batch):
         touched = jnp.sum(batch["tokens"][:, 0]) * 0.0
-        metrics = dict.fromkeys(NAMES, touched) | {"group_grad_norms": jnp.full(groups, touched)}
+        metrics = dict.fromkeys(NAMES, touched) | {
+            "kind_norms": jnp.full(len(groups.kinds), touched),
+            "depth_norms": jnp.full((3, len(groups.depths)), touched),
+        }
         return dataclasses.replace(state, step=state.step + 1), metrics
 
     return step

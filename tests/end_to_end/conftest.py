@@ -147,14 +147,13 @@ SPEED = {
     "tokens_per_second",
     "step_seconds",
     "expected_step_seconds",
-    "input_wait_seconds",
     "model_flops_per_second",
 }
 
 
 def of_this_start(name: str) -> bool:
     """Whether the value of a metric depends on the clock, or on when the run was started."""
-    return name in SPEED or name.startswith(("goodput/", "save_", "saves", "checkpoint_", "local_"))
+    return name in SPEED or name.startswith(("step_seconds/", "goodput/", "save_", "saves", "checkpoint_", "local_"))
 
 
 @pytest.fixture(scope="session")

@@ -75,21 +75,23 @@ def test_tensorboard_shows_the_run(lm: Lm, workplace: Path) -> None:
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     logged = [json.loads(line) for line in (workplace / "shown" / "metrics.jsonl").read_text().splitlines()]
     for tag, name in {
-        "train/loss": "loss",
-        "train/bits_per_byte": "bits_per_byte",
-        "optimizer/learning_rate": "learning_rate",
-        "optimizer/grad_norm": "grad_norm",
-        "optimizer/param_norm": "param_norm",
-        "optimizer/update_norm": "update_norm",
-        "speed/tokens_per_second": "tokens_per_second",
-        "speed/model_flops_per_second": "model_flops_per_second",
-        "speed/step_seconds": "step_seconds",
-        "speed/input_wait_seconds": "input_wait_seconds",
-        "heldout/loss": "heldout_loss",
-        "heldout/bits_per_byte": "heldout_bits_per_byte",
+        "1 overview/1 learning: loss": "loss",
+        "2 learning/bits_per_byte": "bits_per_byte",
+        "2 learning/learning_rate": "learning_rate",
+        "1 overview/2 healthy: grad_norm": "grad_norm",
+        "3 health/param_norm": "param_norm",
+        "3 health/update_norm": "update_norm",
+        "3 health/attention_entropy": "attention_entropy",
+        "6 by layer/update_ratio/embedding": "update_ratio/embedding",
+        "1 overview/3 fast: tokens_per_second": "tokens_per_second",
+        "4 speed/model_flops_per_second": "model_flops_per_second",
+        "4 speed/step_seconds": "step_seconds",
+        "4 speed/step_seconds/input": "step_seconds/input",
+        "2 learning/heldout_loss": "heldout_loss",
+        "1 overview/5 learning: heldout_bits_per_byte": "heldout_bits_per_byte",
     }.items():
         shown = {event.step: event.value for event in board.Scalars(tag)}
-        if name.startswith("heldout"):  # the final one stands at the number of steps, not at the last of them
+        if name.startswith(("heldout", "attention")):  # the final ones stand at the number of steps
             shown[5] = shown.pop(6)
         assert shown == pytest.approx({line["step"]: line[name] for line in logged if name in line}, rel=1e-6), tag
 
@@ -97,6 +99,7 @@ def test_tensorboard_shows_the_run(lm: Lm, workplace: Path) -> None:
         return [tensor_util.make_ndarray(event.tensor_proto).item().decode() for event in board.Tensors(tag)]
 
     assert '"dir": "shown"' in texts("config")[0]
+    assert "bound by" in texts("plan")[0]
     assert [event.step for event in board.Tensors("sample")] == [2, 5]
     assert all(text.startswith("    the ") for text in texts("sample"))
 

@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lm.model.config import ModelConfig
@@ -53,7 +54,7 @@ def test_updates_are_those_of_the_paper(
     transformation, params = optimizer(config), draw(0)
     state = transformation.init(params)
     for gradient in gradients:
-        updates, state = transformation.update(gradient, state, params)
+        updates, state = transformation.update(gradient, state, params, grad_norm=optax.tree.norm(gradient))
         params = jax.tree.map(lambda p, u: p - 0.1 * u, params, updates)
     for found, expected in zip(jax.tree.leaves(params), adamw(config, draw(0), gradients, 0.1), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -119,13 +119,17 @@ def compute(config: Config, batch: dict[str, np.ndarray]) -> tuple[dict[str, flo
     params = jax.jit(lambda key: init_state(config, key).params, out_shardings=shardings)(jax.random.key(0))
     placed = jax.device_put(batch, batch_sharding(mesh))
     sums, gradients = jax.jit(_loss_and_gradients(config, mesh))(params, placed, jax.random.key(7))
-    evaluated = jax.jit(make_eval_step(config, mesh))(params, placed)
+    of_source = np.arange(len(batch["bytes"]), dtype=np.int32) % 3
+    rows = jax.device_put(batch | {"source": of_source}, batch_sharding(mesh))
+    evaluated = jax.jit(make_eval_step(config, mesh, sources=3))(params, rows)
     for found, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(shardings), strict=True):
         assert found.sharding.is_equivalent_to(wanted, found.ndim)
     found = {path: np.asarray(leaf) for path, leaf in zip(paths(gradients), jax.tree.leaves(gradients), strict=True)}
     if config.mesh.repeats > 1:
         found = {p: g.reshape(-1, *g.shape[2:]) if p[0] == "layers" else g for p, g in found.items()}
-    names = sums._asdict() | {f"evaluated {name}": value for name, value in evaluated._asdict().items()}
+    names = sums._asdict() | {
+        f"evaluated {name} {i}": value for name, values in evaluated._asdict().items() for i, value in enumerate(values)
+    }
     return {name: float(value) for name, value in names.items()}, {".".join(p): g for p, g in found.items()}
 
 

@@ -18,7 +18,7 @@ from lm.optim.config import OptimConfig
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.sharding import batch_sharding
 from lm.train.config import RecoveryConfig, TrainConfig
-from lm.train.groups import gradient_groups, group_norms
+from lm.train.groups import groups_of
 from lm.train.guard import WINDOW, Guard, fresh_guard
 from lm.train.state import TrainState, abstract_state, forget, init_state
 from lm.train.step import Metrics, jit_train_step, make_train_step
@@ -225,7 +225,7 @@ def test_a_nan_in_the_gradient_of_one_group() -> None:
     }
     before = dataclasses.replace(trained(), params=params)
     after, metrics = compiled()(before, make_batch(7, opposed(1e36)))
-    norms = dict(zip(gradient_groups(CONFIG), map(float, metrics["group_grad_norms"]), strict=True))
+    norms = dict(zip(groups_of(CONFIG.model).kinds, map(float, metrics["kind_norms"]), strict=True))
     assert np.isfinite(metrics["loss"])
     assert [name for name, norm in norms.items() if not np.isfinite(norm)] == ["output"]
     assert math.isnan(norms["output"])
@@ -334,26 +334,7 @@ def test_decisions_do_not_depend_on_the_mesh(devices: int, accumulation: int) ->
         assert found == pytest.approx(float(wanted), rel=1e-4)
 
 
-# Groups and settings
-
-
-def test_a_group_is_over_all_layers() -> None:
-    """Also of a pattern of two with one layer left over."""
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, layers=5, windows=(4, 0)))
-    groups = gradient_groups(config)
-    assert {"embedding", "output", "final_norm/scale", "attention/query", "feed_forward/down"} < set(groups)
-    assert len(groups) == 3 + 4 + 3 + 2
-    tree = jax.jit(lambda: init_state(config, jax.random.key(0)).params)()  # a gradient has the same arrays
-    norms = group_norms(tree)
-    assert norms.dtype == jnp.float32
-    for name in ("attention/query", "feed_forward/up"):
-        module, leaf = name.split("/")
-        arrays = [blocks[i][module][leaf] for blocks in (tree["layers"], tree["last_layers"]) for i in blocks]
-        assert len(arrays) == 3
-        expected = math.sqrt(sum((np.asarray(a, np.float64) ** 2).sum() for a in arrays))
-        assert norms[groups.index(name)] == pytest.approx(expected, rel=1e-5)
-    everything = math.sqrt(sum((np.asarray(a, np.float64) ** 2).sum() for a in jax.tree.leaves(tree)))
-    assert np.linalg.norm(norms) == pytest.approx(everything, rel=1e-5)
+# Settings
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from lm.optim.optimizer import paths
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.sharding import batch_sharding
 from lm.train.config import TrainConfig
-from lm.train.groups import gradient_groups
+from lm.train.groups import groups_of
 from lm.train.state import TrainState, abstract_state, init_state
 from lm.train.step import Metrics, jit_train_step, make_eval_step, make_train_step
 
@@ -129,16 +129,19 @@ def test_metrics_are_what_their_names_say(once: tuple[TrainState, Metrics]) -> N
 
     change = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, after.params, before.params)
     assert metrics["grad_norm"] == pytest.approx(10 * norm(first_moments(after).values()), rel=1e-4)
-    by_group = dict(zip(gradient_groups(CONFIG), metrics["group_grad_norms"], strict=True))
+    by_group = dict(zip(groups_of(CONFIG.model).kinds, metrics["kind_norms"], strict=True))
     for group, path in {"output": ("output",), "attention/key": ("layers", "0", "attention", "key")}.items():
         assert by_group[group] == pytest.approx(10 * norm([first_moments(after)[path]]), rel=1e-4)
     assert norm(by_group.values()) == pytest.approx(float(metrics["grad_norm"]), rel=1e-6)
     assert metrics["update_norm"] == pytest.approx(norm(jax.tree.leaves(change)), rel=1e-4)
     assert metrics["param_norm"] == pytest.approx(norm(jax.tree.leaves(after.params)), rel=1e-5)
     assert all(value.dtype == jnp.float32 for value in metrics.values())
-    assert {name for name, value in metrics.items() if value.shape} == {"group_grad_norms"}
-    sums = make_eval_step(CONFIG, ONE)(before.params, jax.device_put(batch))
-    assert (float(sums.total), float(sums.weight)) == (pytest.approx(nll, rel=1e-5), weight)
+    assert {name for name, value in metrics.items() if value.shape} == {"kind_norms", "depth_norms"}
+    of_depths = np.linalg.norm(metrics["depth_norms"], axis=1)
+    assert of_depths == pytest.approx([metrics[f"{name}_norm"] for name in ("grad", "param", "update")], rel=1e-6)
+    own = jax.device_put(batch | {"source": np.zeros(len(batch["bytes"]), np.int32)})
+    sums = make_eval_step(CONFIG, ONE)(before.params, own)
+    assert (float(sums.total[0]), float(sums.weight[0])) == (pytest.approx(nll, rel=1e-5), weight)
     assert total > nll
 
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from lm.errors import StorageError
-from lm.train import summaries
+from lm.experiment import Config, RunConfig
 from lm.train.run_directory import RunDirectory
 from lm.train.summaries import Summaries, verbatim
 
@@ -78,26 +78,32 @@ def test_numbers_that_are_not_finite_are_valid_json_and_shown(tmp_path: Path) ->
     assert line == {"step": 1, "loss": "NaN", "grad_norm": "Infinity", "param_norm": "-Infinity"}
     assert math.isnan(float(line["loss"]))
     assert float(line["param_norm"]) == -math.inf
-    assert math.isnan(points(tmp_path, "train/loss")[0][1])
-    assert points(tmp_path, "optimizer/grad_norm") == [(1, math.inf)]
+    assert math.isnan(points(tmp_path, "1 overview/1 learning: loss")[0][1])
+    assert points(tmp_path, "1 overview/2 healthy: grad_norm") == [(1, math.inf)]
 
 
 def test_tensorboard_has_a_section_for_each_kind(tmp_path: Path) -> None:
     log = start(tmp_path)
-    log.scalars(5, dict.fromkeys(summaries.TAGS, 0.5) | {"probe": 1, "source/books": 2})
+    log.scalars(5, {"loss": 1, "grad_norm": 2, "grad_norm/embedding": 3, "mfu": 4, "probe": 5, "heldout_loss/books": 6})
     log.text(5, "samples/greedy", verbatim("a *b*\n\n<c> \udce9"))
-    log.config('{\n  "run": {"seed": 1}\n}')
+    log.config(Config(run=RunConfig(seed=1)))
     log.close()
     board = dashboard(tmp_path)
-    assert set(board.Tags()["scalars"]) == {*summaries.TAGS.values(), "other/probe", "source/books"}
-    assert len(set(summaries.TAGS.values())) == len(summaries.TAGS)
+    assert set(board.Tags()["scalars"]) == {
+        "1 overview/1 learning: loss",
+        "1 overview/2 healthy: grad_norm",
+        "1 overview/7 fast: mfu",
+        "6 by layer/grad_norm/embedding",
+        "7 by source/heldout_loss/books",
+        "8 other/probe",
+    }
 
     def text(tag: str) -> str:
         [event] = board.Tensors(tag)
         return tensor_util.make_ndarray(event.tensor_proto).item().decode()
 
     assert text("samples/greedy") == "    a *b*\n    \n    <c> ?"
-    assert text("config") == '    {\n      "run": {"seed": 1}\n    }'
+    assert text("config").startswith('    {\n      "run": {\n        "dir": "runs/run",\n        "seed": 1\n')
     assert board.SummaryMetadata("config").plugin_data.plugin_name == "text"
 
 
@@ -114,11 +120,12 @@ def test_a_step_is_logged_once_and_in_order(tmp_path: Path) -> None:
 
 ENDLESS = """
 import itertools, sys
+from lm.experiment import Config, RunConfig
 from lm.train.run_directory import RunDirectory
 from lm.train.summaries import Summaries
 with RunDirectory(sys.argv[1]) as run:
     log = Summaries(run, first_step=0, report=sys.exit)
-    log.config("first start")
+    log.config(Config(run=RunConfig(dir="first start")))
     for step in itertools.count(1):
         log.scalars(step, {"loss": step + 0.5, "tokens": 100 * step, "note_" + "x" * 500: 1.0})
 """
@@ -136,24 +143,24 @@ def test_a_run_that_was_killed_and_resumed_has_every_step_once(tmp_path: Path) -
     assert metrics.read_bytes().endswith(b"}\n")
     killed = [line["step"] for line in lines(tmp_path)]
     assert killed == list(range(1, len(killed) + 1))
-    shown = [step for step, _ in points(tmp_path, "train/loss")]
+    shown = [step for step, _ in points(tmp_path, "1 overview/1 learning: loss")]
     # Nothing that was logged waits in a buffer; the kill may fall between the two files.
     assert shown in (killed, killed[:-1])
 
     # Twice in a row, and at once: the event files' names must not depend on the second.
     for first_step, last_step in ((40, 45), (42, 50)):
         log = start(tmp_path, first_step)
-        log.config(f"start after {first_step}")
+        log.config(Config(run=RunConfig(dir=f"start after {first_step}")))
         for step in range(first_step, last_step + 1):
             log.scalars(step, {"loss": -float(step), "tokens": 100 * step})
         log.close()
 
     expected = [(step, step + 0.5 if step < 40 else -step) for step in range(1, 51)]
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == expected
-    assert points(tmp_path, "train/loss") == expected
+    assert points(tmp_path, "1 overview/1 learning: loss") == expected
     # TensorBoard's data server knows nothing of starts: lost points must not be in the files.
     board = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=False).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == expected
+    assert [(event.step, event.value) for event in board.Scalars("1 overview/1 learning: loss")] == expected
     assert [event.step for event in board.Tensors("config")] == [0, 40, 42]
 
 
@@ -165,8 +172,8 @@ def test_a_tensorboard_that_is_open_forgets_lost_steps(tmp_path: Path) -> None:
     board = dashboard(tmp_path)
     start(tmp_path, first_step=2).scalars(2, {"loss": 2.0})
     board.Reload()
-    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1.0), (2, 2.0)]
-    assert [event.step for event in board.Scalars("heldout/loss")] == [1]
+    assert [(event.step, event.value) for event in board.Scalars("1 overview/1 learning: loss")] == [(1, 1.0), (2, 2.0)]
+    assert [event.step for event in board.Scalars("2 learning/heldout_loss")] == [1]
 
 
 def test_an_event_file_torn_anywhere_is_cut_to_whole_events(tmp_path: Path) -> None:
@@ -206,7 +213,7 @@ def test_a_damaged_event_ends_its_file_and_not_the_start(tmp_path: Path) -> None
         log.scalars(4, {"loss": 4.0})
         log.close()
         assert file.read_bytes() == contents[:begin]
-        assert points(tmp_path, "train/loss") == [(1, 1.0), (4, 4.0)]
+        assert points(tmp_path, "1 overview/1 learning: loss") == [(1, 1.0), (4, 4.0)]
         for other in set(file.parent.iterdir()) - {file}:
             other.unlink()
 
@@ -223,7 +230,7 @@ def test_events_out_of_order_lose_only_the_later_ones(tmp_path: Path) -> None:
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     start(tmp_path, first_step=3).close()
     board = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=False).Reload()
-    assert [event.step for event in board.Scalars("train/loss")] == [1, 2]
+    assert [event.step for event in board.Scalars("1 overview/1 learning: loss")] == [1, 2]
     assert "sample" not in board.Tags()["tensors"]
 
 
@@ -247,7 +254,7 @@ def test_the_last_line_is_amended_only_if_it_is_of_the_step(tmp_path: Path) -> N
     log.amend_last(4, {"heldout_loss": 5.0})
     log.close()
     assert lines(tmp_path) == [*expected[:2], {"step": 4, "loss": 4.0, "heldout_loss": 5.0}]
-    assert points(tmp_path, "heldout/loss")[-1] == (5, 5.0)
+    assert points(tmp_path, "2 learning/heldout_loss")[-1] == (5, 5.0)
 
 
 def test_amending_starts_a_file_that_is_missing(tmp_path: Path) -> None:
@@ -280,7 +287,7 @@ def test_a_start_from_nothing_begins_anew(tmp_path: Path) -> None:
         log.scalars(0, {"loss": loss})
         log.close()
     assert lines(tmp_path) == [{"step": 0, "loss": 2.0}]
-    assert points(tmp_path, "train/loss") == [(0, 2.0)]
+    assert points(tmp_path, "1 overview/1 learning: loss") == [(0, 2.0)]
 
 
 def test_a_clock_that_was_set_back_does_not_bring_lost_steps_back(
@@ -292,7 +299,7 @@ def test_a_clock_that_was_set_back_does_not_bring_lost_steps_back(
         for step in range(first_step, first_step + 5):
             log.scalars(step, {"loss": float(first_step)})
         log.close()
-    assert points(tmp_path, "train/loss") == [(step, 0.0 if step < 3 else 3.0) for step in range(8)]
+    assert points(tmp_path, "1 overview/1 learning: loss") == [(step, 0.0 if step < 3 else 3.0) for step in range(8)]
 
 
 def test_storage_that_fails_is_told_once_per_file_and_never_raises(tmp_path: Path) -> None:

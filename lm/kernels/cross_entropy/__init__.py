@@ -2,9 +2,9 @@
 
 import jax
 
-from lm.kernels.cross_entropy.chunked import WHOLE, VocabularyParts, chunked_cross_entropy
+from lm.kernels.cross_entropy.chunked import WHOLE, VocabularyParts, chunked_cross_entropy, chunked_likelihoods
 
-__all__ = ["VocabularyParts", "cross_entropy"]
+__all__ = ["VocabularyParts", "cross_entropy", "likelihoods"]
 
 
 def cross_entropy(
@@ -29,3 +29,16 @@ def cross_entropy(
     the gradients that its own part causes.
     """
     return chunked_cross_entropy(hidden, output, targets, mask, z_loss, softcap, logits_at_once, parts)
+
+
+def likelihoods(
+    hidden: jax.Array,
+    output: jax.Array,
+    targets: jax.Array,
+    *,
+    softcap: float | None = None,
+    logits_at_once: int = 2**21,
+    parts: VocabularyParts = WHOLE,
+) -> jax.Array:
+    """The negative log-likelihood of each target, float32 [B, S], in nats; arguments as of `cross_entropy`."""
+    return chunked_likelihoods(hidden, output, targets, softcap, logits_at_once, parts)

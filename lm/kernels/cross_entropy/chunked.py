@@ -48,11 +48,30 @@ def chunked_cross_entropy(
 
     def body(sums: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         total, nll, _ = _chunk_loss(chunk, weights, z_loss, softcap, parts.over)
-        return sums + jnp.stack([total, nll]), None
+        return sums + _weighted(total, nll, chunk[2]), None
 
     chunks = _chunks(hidden, targets, mask, logits_at_once // weights.shape[0])
     sums, _ = lax.scan(body, jnp.zeros(2, jnp.float32), chunks)
     return sums[0], sums[1]
+
+
+def chunked_likelihoods(
+    hidden: jax.Array,
+    output: jax.Array,
+    targets: jax.Array,
+    softcap: float | None,
+    logits_at_once: int,
+    parts: VocabularyParts,
+) -> jax.Array:
+    """See `lm.kernels.cross_entropy.likelihoods`."""
+    weights = parts.gather(output).astype(hidden.dtype)
+
+    def body(carry: None, chunk: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+        return carry, _chunk_loss(chunk, weights, 0.0, softcap, parts.over)[1]
+
+    chunks = _chunks(hidden, targets, jnp.ones(targets.shape, jnp.float32), logits_at_once // weights.shape[0])
+    _, nll = lax.scan(body, None, chunks)
+    return jnp.moveaxis(nll, 0, 1).reshape(targets.shape[0], -1)[:, : targets.shape[1]]
 
 
 def _forward(
@@ -73,7 +92,7 @@ def _forward(
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = d_logits @ weights
         d_output += jnp.einsum("bcv,bcd->vd", d_logits, chunk[0], preferred_element_type=jnp.float32)
-        return (sums + jnp.stack([total, nll]), d_output), d_hidden
+        return (sums + _weighted(total, nll, chunk[2]), d_output), d_hidden
 
     start = (jnp.zeros(2, jnp.float32), jnp.zeros(weights.shape, jnp.float32))
     chunks = _chunks(hidden, targets, mask, logits_at_once // weights.shape[0])
@@ -104,7 +123,7 @@ chunked_cross_entropy.defvjp(_forward, _backward)
 def _chunk_loss(
     chunk: tuple[jax.Array, ...], weights: jax.Array, z_loss: float, softcap: float | None, over: tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums of the loss and the likelihood of a chunk, and d loss / d logits before the cap [B, C, V] float32."""
+    """Of the tokens of a chunk, loss and likelihood [B, C], and d loss / d logits before the cap [B, C, V], float32."""
     hidden, targets, mask = chunk
     logits = jnp.einsum("bcd,vd->bcv", hidden, weights, preferred_element_type=jnp.float32)
     slope = None
@@ -126,7 +145,11 @@ def _chunk_loss(
     d_logits = exponentials * factor - jnp.where(is_target, mask[..., None], 0.0)
     if slope is not None:
         d_logits *= slope
-    return jnp.sum(total * mask), jnp.sum(nll * mask), d_logits
+    return total, nll, d_logits
+
+
+def _weighted(total: jax.Array, nll: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.stack([jnp.sum(total * mask), jnp.sum(nll * mask)])
 
 
 def _chunks(hidden: jax.Array, targets: jax.Array, mask: jax.Array, tokens: int) -> tuple[jax.Array, ...]:

@@ -1,0 +1,105 @@
+"""What is looked at now and then, beside the loss: the inside of the model on a fixed text, and its parameters.
+
+The text is the begin of the held-out one. Nothing of this touches the train step: it is a program of its own, compiled
+at the start, that runs after evaluations. What it gives does not grow with the layers of a model.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm.data.tokenizers import Tokenizer
+from lm.experiment import Config
+from lm.model.observe import Observed, observe, shown_layers
+from lm.model.transformer import bind, compute_dtype
+from lm.train import events
+from lm.train.groups import groups_of, layer_depths
+from lm.train.histograms import EDGES, Histograms, histograms
+from lm.train.images import attention_maps, token_losses
+from lm.train.state import TrainState, in_one_stack
+from lm.train.summaries import NoSummaries, Summaries
+
+TEXTS, TOKENS = 4, 128
+PICTURES = 50
+"""Of a run, at most: so long ones keep small event files."""
+
+
+class Looked(NamedTuple):
+    observed: Observed
+    weights: Histograms
+    momenta: Histograms | None
+    """Of the mean of the last gradients that the optimizer keeps, where that is on the device."""
+
+
+class Probe:
+    """Compiled once; `look` is called by all processes of a run, and each gets all of it.
+
+    Args:
+      batch: as of `lm.data.batches.Evaluation`, of which the begin is looked at.
+    """
+
+    def __init__(
+        self, config: Config, mesh: Mesh, abstract: TrainState, batch: dict[str, np.ndarray], tokenizer: Tokenizer
+    ):
+        self._config, self._tokenizer = config, tokenizer
+        length = min(TOKENS, config.train.sequence_length)
+        names = ("tokens", "targets", "segments", "positions", "loss_mask")
+        self._text = {name: np.ascontiguousarray(batch[name][:TEXTS, :length]) for name in names}
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._batch = {
+            name: jax.make_array_from_callback(x.shape, everywhere, x.__getitem__) for name, x in self._text.items()
+        }
+        dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)
+        self._has_momenta = config.train.optimizer_memory != "host"
+
+        def look(params: Any, momenta: Any, batch: dict[str, jax.Array]) -> Looked:
+            model = bind(config.model, in_one_stack(params, config.mesh.repeats))
+            spread = None if momenta is None else histograms(momenta, config.model)
+            return Looked(observe(model, batch, dtype), histograms(params, config.model), spread)
+
+        found = jax.jit(look, out_shardings=everywhere)
+        self._look = found.lower(abstract.params, self._momenta(abstract), self._batch).compile()
+        evaluations = config.train.steps // config.eval.every + 1 if config.eval.every else 1
+        self._every = -(-evaluations // PICTURES)
+
+    def look(self, state: TrainState, step: int, summaries: Summaries | NoSummaries) -> dict[str, float]:
+        """Values for metrics.jsonl; pictures and histograms go to TensorBoard, now and then."""
+        found: Looked = jax.device_get(self._look(state.params, self._momenta(state), self._batch))
+        every, last = self._config.eval.every * self._every, step == self._config.train.steps - 1
+        if last or (step + 1) % every == 0:
+            self._show(found, step, summaries)
+        return self._values(found.observed)
+
+    def _momenta(self, state: TrainState) -> Any:
+        return optax.tree.get(state.opt_state, "mu", None) if self._has_momenta else None
+
+    def _values(self, seen: Observed) -> dict[str, float]:
+        values = {
+            "attention_entropy": float(seen.entropy.mean()),
+            "attention_logit": float(seen.largest_logit.max()),
+            "output_logit": float(seen.largest_output_logit),
+        }
+        depths, of_layer = groups_of(self._config.model).depths, layer_depths(self._config.model)
+        for number in np.unique(of_layer):
+            own = of_layer == number
+            values[f"attention_entropy/{depths[number]}"] = float(seen.entropy[own].mean())
+            values[f"attention_logit/{depths[number]}"] = float(seen.largest_logit[own].max())
+        return values
+
+    def _show(self, found: Looked, step: int, summaries: Summaries | NoSummaries) -> None:
+        seen, model = found.observed, self._config.model
+        for name, one in (("parameters", found.weights), ("mean gradients", found.momenta)):
+            scales, counts = (np.asarray(part) for part in one) if one else ((), ())
+            for depth, scale, count in zip(groups_of(model).depths, scales, counts, strict=False):
+                if scale > 0 and np.isfinite(scale):
+                    ends = scale * np.array([2 * EDGES[0], *EDGES, 2 * EDGES[-1]])
+                    bins = np.stack([ends[:-1], ends[1:], count], axis=1)
+                    summaries.show(step, events.histogram(f"{name}/{depth}", bins))
+        maps = attention_maps(np.asarray(seen.maps), shown_layers(model.layers))
+        summaries.show(step, events.image("attention", maps))
+        pieces = [self._tokenizer.piece(int(token)) for token in self._text["targets"][0]]
+        losses = token_losses(pieces, np.asarray(seen.likelihoods[0]), self._text["loss_mask"][0] > 0)
+        summaries.show(step, events.image("loss of each token", losses))
