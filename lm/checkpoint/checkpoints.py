@@ -28,13 +28,21 @@ from typing import Any, Literal, TypeVar
 from etils import epath
 
 from lm.checkpoint.config import CheckpointConfig
-from lm.checkpoint.digest import StateDigest, prepare_digest, start_digest
+from lm.checkpoint.digest import prepare_digest, start_digest
 from lm.checkpoint.ending import end_without
 from lm.checkpoint.folder import STATE, half_written, names_set_aside, remove, saved_steps, set_aside, some, to_prune
 from lm.checkpoint.listing import list_checkpoints as list_checkpoints
 from lm.checkpoint.listing import read_attachment as read_attachment
 from lm.checkpoint.manifest import NAME as MANIFEST
-from lm.checkpoint.manifest import BadCheckpoint, FileChecksum, Manifest, UnreadableCheckpoint, file_sizes, shares
+from lm.checkpoint.manifest import (
+    BadCheckpoint,
+    FileChecksum,
+    Manifest,
+    StateDigest,
+    UnreadableCheckpoint,
+    file_sizes,
+    shares,
+)
 from lm.checkpoint.restoring import load
 from lm.checkpoint.retries import Retries
 from lm.checkpoint.together import together

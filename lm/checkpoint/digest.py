@@ -9,8 +9,7 @@ accidents (a chance of 2^-128 to miss one), not forgeries.
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,25 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lm.checkpoint.manifest import LeafDigest, StateDigest
 from lm.parallel.replicated import replicated
 
 _Results = tuple[list[jax.Array], list[jax.Array], list[jax.Array]]
 """Of each array the lanes, and whether it is finite; and the values of those without dimensions."""
-
-
-@dataclass(frozen=True)
-class LeafDigest:
-    shape: tuple[int, ...]
-    dtype: str
-    lanes: str  # the four sums, 32 hexadecimal digits
-
-
-@dataclass(frozen=True)
-class StateDigest:
-    digest: str  # sha256 over paths, shapes, dtypes and lanes, in hexadecimal
-    leaves: Mapping[str, LeafDigest]
-    scalars: Mapping[str, float]  # values of the arrays without dimensions, by path
-    nonfinite: tuple[str, ...]  # paths of the arrays that hold a NaN or an infinity
 
 
 def prepare_digest(abstract: Any) -> None:

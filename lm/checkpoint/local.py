@@ -26,10 +26,10 @@ from etils import epath
 
 from lm.checkpoint.checkpoints import Checkpoints
 from lm.checkpoint.config import CheckpointConfig
-from lm.checkpoint.digest import StateDigest, start_digest, state_digest
+from lm.checkpoint.digest import start_digest, state_digest
 from lm.checkpoint.folder import half_written, remove, saved_steps
 from lm.checkpoint.listing import read_attachment
-from lm.checkpoint.manifest import BadCheckpoint, FileChecksum, Manifest, file_sizes
+from lm.checkpoint.manifest import BadCheckpoint, FileChecksum, Manifest, StateDigest, file_sizes
 from lm.checkpoint.retries import Retries
 from lm.checkpoint.shards import (
     Index,

@@ -22,7 +22,6 @@ from typing import Any, Self, TypeVar
 
 from etils import epath
 
-from lm.checkpoint.digest import LeafDigest, StateDigest
 from lm.errors import StorageError
 from lm.files import is_url, reason, write_atomically
 
@@ -65,6 +64,21 @@ class FileChecksum:
                 checksum.update(chunk)
                 size += len(chunk)
         return cls(size, checksum.hexdigest())
+
+
+@dataclass(frozen=True)
+class LeafDigest:
+    shape: tuple[int, ...]
+    dtype: str
+    lanes: str  # the four sums, 32 hexadecimal digits
+
+
+@dataclass(frozen=True)
+class StateDigest:
+    digest: str  # sha256 over paths, shapes, dtypes and lanes, in hexadecimal
+    leaves: Mapping[str, LeafDigest]
+    scalars: Mapping[str, float]  # values of the arrays without dimensions, by path
+    nonfinite: tuple[str, ...]  # paths of the arrays that hold a NaN or an infinity
 
 
 @dataclass(frozen=True)

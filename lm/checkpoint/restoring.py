@@ -8,9 +8,9 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from lm.checkpoint.digest import LeafDigest, leaf_paths, state_digest
+from lm.checkpoint.digest import leaf_paths, state_digest
 from lm.checkpoint.folder import STATE, absolute, some
-from lm.checkpoint.manifest import BadCheckpoint, FileChecksum, Manifest, refuse_others, shares, verify
+from lm.checkpoint.manifest import BadCheckpoint, FileChecksum, LeafDigest, Manifest, refuse_others, shares, verify
 from lm.checkpoint.restack import restack, restacked, stacked_as
 from lm.checkpoint.together import together
 from lm.errors import ConfigError, StorageError

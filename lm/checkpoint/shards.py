@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from lm.checkpoint.digest import LeafDigest, leaf_paths
+from lm.checkpoint.digest import leaf_paths
 from lm.checkpoint.folder import some
-from lm.checkpoint.manifest import BadCheckpoint
+from lm.checkpoint.manifest import BadCheckpoint, LeafDigest
 
 T = TypeVar("T")
 
