@@ -65,7 +65,8 @@ class Journal:
         report: Callable[[str], None],
     ):
         self._file = None if path is None else AppendOnlyFile(path, report)
-        self._id = uuid.uuid4().hex[:12]
+        self.start = uuid.uuid4().hex[:12]
+        """The id of this start."""
         self._mark, self._seconds = began, dict.fromkeys(CAUSES, 0.0)
         self._causes = ["start"]  # those under way, each in the one before it
         self._done = 0
@@ -157,6 +158,13 @@ class Journal:
         self._charge()
         return self._before.plus(self._milliseconds())
 
+    def now(self) -> tuple[str, int]:
+        """What is under way, a cause, and the steps done. From any thread."""
+        causes, done = self._causes[-2:], self._done  # a copy: the other thread goes on
+        # What waits for input on held-out text is an evaluation.
+        cause = causes[0] if causes[-1] == "input" and causes[0] != "step" else causes[-1]
+        return ("replay" if cause == "step" and done < self._new_from else cause), done
+
     def _charge(self) -> None:
         now, cause = monotonic(), self._causes[-1]
         if cause == "step" and self._done < self._new_from:
@@ -168,7 +176,7 @@ class Journal:
         return {cause: round(1000 * seconds) for cause, seconds in self._seconds.items() if seconds}
 
     def _event(self, event: str, facts: Mapping[str, Any], time: float) -> Event:
-        known = {"event": event, "start": self._id, "time": round(time, 3), "done": self._done, "saved": self._saved}
+        known = {"event": event, "start": self.start, "time": round(time, 3), "done": self._done, "saved": self._saved}
         return known | {"milliseconds": self._milliseconds()} | dict(facts)
 
 

@@ -56,6 +56,7 @@ from lm.train.host_memory import keep_freed_memory
 from lm.train.journal import Journal
 from lm.train.ledger import Ledger
 from lm.train.meter import Meter
+from lm.train.now import Now
 from lm.train.probe import Probe
 from lm.train.progress import Progress, human_count, human_seconds
 from lm.train.resume import refuse_other_run
@@ -114,12 +115,20 @@ def train(
         facts = {"processes": processes.count, "devices": mesh.size, "kind": jax.devices()[0].device_kind}
         if processes.primary:
             refuse_other_run(directory, config, facts, allow, progress.say)
-        path = directory.journal if processes.primary else None
+        path, now = (directory.journal, directory.now) if processes.primary else (None, None)
         with (
             Journal(path, facts=facts, began=began, report=progress.say) as journal,
             Watchdog(config.watchdog, directory.path, processes, on_hang=journal.hung) as watchdog,
+            Now(now, start=journal.start, look=lambda: _doing(journal, watchdog)),
         ):
+            progress.watch(lambda: _doing(journal, watchdog))
             _Run(config, mesh, abstract, directory, progress, journal, watchdog, stop, processes, expect).go()
+
+
+def _doing(journal: Journal, watchdog: Watchdog) -> tuple[str, int]:
+    """A cause of time, or "data" while it is built, for which the journal has no cause; and the steps done."""
+    cause, done = journal.now()
+    return ("data" if watchdog.now[0] == "data" else cause), done
 
 
 class _NotApplied(Exception):

@@ -7,25 +7,30 @@ import re
 import statistics
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Self, TextIO
 
 from lm.files import AppendOnlyFile
+from lm.train.now import WORDS
 
 REDRAW_SECONDS = 0.1
-PLAIN_SECONDS = 10.0
+PLAIN_SECONDS, PLAIN_MOST_SECONDS, PLAIN_SHARE = 10.0, 60.0, 0.01
+"""Between plain lines: at least, at most, and in between this share of the time since the first."""
+WATCH_SECONDS = 1.0
+SHORT_SECONDS, OTHER_SHORT_SECONDS = {"step": 10.0, "replay": 10.0}, 2.0
+"""What is under way for less than that is not worth a word."""
 RECENT_UPDATES = 100  # what the time left is judged by
 
 
 class Progress:
     """One live line, rewritten in place, on a terminal; elsewhere a plain line now and then.
 
-        step 120/600  loss 3.214  2.31 bits/byte  12.3k tokens/s  1m42s left
+        step 120/600  loss 3.214  2.31 bits/byte  12.3k tokens/s  41% MFU  1m42s left
 
-    Plain lines come with the first update, then every PLAIN_SECONDS, and with the last update. They, and all
-    that is said, also go to `log`. Control characters in what is said are written out (as in `\\x1b`):
-    text that a model generated must not drive a terminal.
+    Plain lines come with the first update, then every PLAIN_SECONDS, later more rarely, and with the last update.
+    They, and all that is said, also go to `log`. Control characters in what is said are written out (as in
+    `\\x1b`): text that a model generated must not drive a terminal.
 
     A stream that fails (a closed pipe, a terminal that is gone) is given up; the run and its log go on.
     All methods may be called from any thread.
@@ -39,6 +44,9 @@ class Progress:
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_UPDATES)
         self._latest: tuple[int, Mapping[str, float]] | None = None
         self._drawn_at = self._plain_at = -float("inf")
+        self._first_at: float | None = None
+        self._doing = ""  # besides steps
+        self._closed = threading.Event()
         self._owed = False  # the last update is not in a plain line yet
         self._mutex = threading.RLock()
 
@@ -55,8 +63,11 @@ class Progress:
             self._recent.append((now, step))
             self._latest = (step, values)
             self._owed = True
+            self._doing = ""
             last = step == self._total_steps
-            if last or now - self._plain_at >= PLAIN_SECONDS:
+            self._first_at = self._first_at or now
+            pause = min(max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._first_at)), PLAIN_MOST_SECONDS)
+            if last or now - self._plain_at >= pause:
                 self._plain_at = now
                 self._write_plain_line()
             if self._live and (last or now - self._drawn_at >= REDRAW_SECONDS):
@@ -69,9 +80,21 @@ class Progress:
             self._show(message)
             self._keep(message)
 
+    def watch(self, look: Callable[[], tuple[str, int]]) -> None:
+        """From now on the live line, also before the first update, tells what is under way and for how long.
+
+        `look` gives what lm/train/now.py calls `doing` and `done`; it is called from another thread, until `close`.
+        """
+        if self._live:
+            threading.Thread(target=self._watch, args=(look,), name="progress", daemon=True).start()
+
     def close(self) -> None:
         """Leaves the last state as a whole line. Something can still be said afterwards."""
+        self._closed.set()
         with self._mutex:
+            if self._live and self._doing:
+                self._write("\r" + _CLEAR)
+            self._doing = ""
             if self._owed:
                 self._write_plain_line()
             if self._live and self._latest:
@@ -79,6 +102,19 @@ class Progress:
             self._latest = None
             if self._log is not None:
                 self._log.close()
+
+    def _watch(self, look: Callable[[], tuple[str, int]]) -> None:
+        seen, since = look(), monotonic()
+        while not self._closed.wait(WATCH_SECONDS):
+            if (now := look()) != seen:
+                seen, since = now, monotonic()
+            spent = monotonic() - since
+            short = spent < SHORT_SECONDS.get(seen[0], OTHER_SHORT_SECONDS)
+            with self._mutex:
+                if self._live and not self._closed.is_set():
+                    before, self._doing = self._doing, "" if short else f"{WORDS[seen[0]]} for {human_seconds(spent)}"
+                    if self._latest or before or self._doing:
+                        self._write("\r" + self._live_line() + _CLEAR)
 
     def _write_plain_line(self) -> None:
         self._owed = False
@@ -88,15 +124,17 @@ class Progress:
         self._keep(line)
 
     def _show(self, message: str) -> None:
-        above, below = ("\r" + _CLEAR, self._live_line()) if self._live and self._latest else ("", "")
-        self._write(above + _printable(message) + "\n" + below)
+        drawn = self._live and (self._latest or self._doing)
+        above, below = ("\r" + _CLEAR, self._live_line()) if drawn else ("", "")
+        self._write(above + printable(message) + "\n" + below)
 
     def _keep(self, message: str) -> None:
         if self._log is not None:
-            self._log.append(_printable(message).encode(errors="replace") + b"\n")
+            self._log.append(printable(message).encode(errors="replace") + b"\n")
 
     def _live_line(self) -> str:
-        return _fit(self._parts(), _columns(self._stream) - 1)  # a full last column would wrap
+        parts = [*self._parts(), self._doing] if self._doing else self._parts()
+        return _fit(parts, _columns(self._stream) - 1)  # a full last column would wrap
 
     def _parts(self) -> list[str]:
         if self._latest is None:
@@ -109,6 +147,8 @@ class Progress:
             parts.append(f"{values['bits_per_byte']:.2f} bits/byte")
         if "tokens_per_second" in values:
             parts.append(f"{human_count(values['tokens_per_second'])} tokens/s")
+        if "mfu" in values:
+            parts.append(f"{values['mfu']:.0%} MFU")
         seconds_left = self._seconds_left(step)
         if seconds_left is not None:
             parts.append(f"{human_seconds(seconds_left)} left")
@@ -165,6 +205,11 @@ def human_bytes(count: float) -> str:
     return f"{number} {unit}B"
 
 
+def printable(message: str) -> str:
+    """With its control characters, but for tabs and ends of lines, written out (as in `\\x1b`)."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", message)
+
+
 def _three_digits(count: float, units: tuple[str, ...]) -> tuple[str, str]:
     unit = ""
     for larger in units:
@@ -179,7 +224,7 @@ def _three_digits(count: float, units: tuple[str, ...]) -> tuple[str, str]:
 
 _CLEAR = "\x1b[K"  # to the end of the line
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_DROP_FIRST = ("bits/byte", "tokens/s", "loss", "left")  # when a terminal is narrow; the step always stays
+_DROP_FIRST = ("MFU", "bits/byte", "tokens/s", "loss", "left", " for ")  # on a narrow terminal; the step always stays
 
 
 def _fit(parts: list[str], width: int) -> str:
@@ -188,10 +233,6 @@ def _fit(parts: list[str], width: int) -> str:
             break
         parts = [part for part in parts if name not in part]
     return "  ".join(parts)[: max(width, 0)]
-
-
-def _printable(message: str) -> str:
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", message)
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

@@ -5,6 +5,7 @@
       tensorboard/     event files
       metrics.jsonl    one JSON object per logged step
       journal.jsonl    starts, ends, and where the time went
+      now.json         while it runs: what it is doing
       log.txt          what the run printed
       .lock            held by the process that writes the run
 """
@@ -14,6 +15,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from typing import Self
 
 from etils import epath
@@ -42,6 +44,7 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.jsonl"
         self.journal = self.path / "journal.jsonl"
+        self.now = self.path / "now.json"
         self.log = self.path / "log.txt"
         self._lock: int | None = None
 
@@ -73,7 +76,7 @@ class RunDirectory:
     def _take_lock(self) -> None:
         descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
         except BlockingIOError:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
             os.close(descriptor)
@@ -82,7 +85,7 @@ class RunDirectory:
                 "(Ctrl-C or `kill` lets it save first), or choose another run.dir"
             ) from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in _NO_LOCKS:
                 os.close(descriptor)
                 raise
         self._lock = descriptor
@@ -95,3 +98,44 @@ class RunDirectory:
 def is_run(path: str | os.PathLike[str]) -> bool:
     """Whether a run was ever started in this directory."""
     return (epath.Path(path) / "config.json").is_file()
+
+
+def is_held(path: str | os.PathLike[str]) -> bool | None:
+    """Whether a process has the lock of this run directory.
+
+    None where that cannot be known: in a bucket, and on file systems without locks. False may also mean that the file
+    system does not tell this machine of the locks of others.
+    """
+    if is_url(path):
+        return None
+    try:
+        descriptor = os.open(epath.Path(path) / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who look do not see each other
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_LOOKED_AT_SECONDS = 0.5
+"""`is_held` has the lock for less than that: a run that starts meanwhile must not be told that it is in use."""
+
+
+def _lock(descriptor: int) -> None:
+    until = time.monotonic() + _LOOKED_AT_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.02)

@@ -62,6 +62,11 @@ class Watchdog:
         """Begins a phase, which may be the same as before: start, step, evaluation, save, or one without a limit."""
         self._now = name, step  # another tuple each time: this is what the thread looks at
 
+    @property
+    def now(self) -> tuple[str, int | None]:
+        """The phase, and its step. From any thread."""
+        return self._now
+
     def __enter__(self) -> Self:
         self._backstop = Backstop()
         self._processes.explain_hangs(self._explain)

@@ -350,3 +350,20 @@ def test_a_run_without_a_journal_does_not_start_over(run: RunDirectory) -> None:
         refuse_lost_checkpoints(run)
     journal.step(0)
     refuse_lost_checkpoints(run)
+
+
+def test_what_is_under_way(tmp_path: Path, clock: Clock) -> None:
+    with start(tmp_path / "journal.jsonl", clock) as journal:
+        assert journal.now() == ("start", 0)
+        with journal.time("step"):
+            journal.step(0)
+            with journal.time("input"):
+                assert journal.now() == ("input", 1)
+            with journal.time("evaluation"), journal.time("input"):
+                assert journal.now() == ("evaluation", 1)
+            journal.step(1)
+            journal.rewind(1)
+            assert journal.now() == ("replay", 1)
+            journal.step(1)
+            assert journal.now() == ("step", 2)
+        assert journal.now() == ("other", 2)

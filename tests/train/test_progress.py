@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import itertools
 import os
 import re
 import struct
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,10 @@ class Terminal:
                 self._written += os.read(self._master, 4096)
             except OSError:  # the other side is closed
                 return
+
+    def written(self) -> str:
+        """Until now."""
+        return self._written.decode(errors="replace")
 
     def end(self) -> str:
         """Everything written."""
@@ -148,6 +154,53 @@ def test_a_terminal_is_not_flooded(clock: Clock, terminal: Terminal) -> None:
     assert "step 10000/10000" in written
 
 
+def test_a_terminal_is_told_what_is_under_way(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, terminal: Terminal, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "WATCH_SECONDS", 0.005)
+    doing = [("compile", 0)]
+
+    def wait(seconds: float) -> None:
+        seen = terminal.written().count("\r")
+        clock.now += seconds
+        until = time.monotonic() + 30
+        while terminal.written().count("\r") < seen + 3:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+
+    with Progress(600, stream=terminal.stream, log=tmp_path / "log.txt") as progress:
+        progress.watch(lambda: doing[0])
+        time.sleep(0.1)
+        wait(12)
+        progress.say("compiled")
+        doing[0] = "step", 0
+        progress.update(1, VALUES | {"mfu": 0.412})
+        wait(9)
+        doing[0] = "evaluation", 1
+        wait(0.1)
+        wait(3)
+        assert terminal.written().endswith("41% MFU  evaluating for 3.0s\x1b[K")
+    line = "step 1/600  loss 3.214  2.31 bits/byte  12.3k tokens/s  41% MFU"
+    assert "\rcompiling for 12s\x1b[K\r\x1b[Kcompiled\n" in terminal.written().replace("\r\n", "\n")
+    assert "training for" not in terminal.written()
+    assert terminal.screen() == ["compiled", line, ""]
+    assert (tmp_path / "log.txt").read_text() == f"compiled\n{line}\n"
+
+
+def test_a_run_that_ends_before_its_first_step_leaves_no_live_line(
+    monkeypatch: pytest.MonkeyPatch, terminal: Terminal
+) -> None:
+    monkeypatch.setattr(module, "WATCH_SECONDS", 0.005)
+    monkeypatch.setattr(module, "OTHER_SHORT_SECONDS", 0.0)
+    with Progress(600, stream=terminal.stream) as progress:
+        progress.watch(lambda: ("restore", 0))
+        until = time.monotonic() + 30
+        while "restoring for 0.0s" not in terminal.written():
+            assert time.monotonic() < until
+            time.sleep(0.005)
+    assert terminal.screen() == [""]
+
+
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, clock: Clock, terminal: Terminal) -> None:
     monkeypatch.setenv("TERM", "dumb")
     with Progress(2, stream=terminal.stream) as progress:
@@ -172,6 +225,21 @@ def test_without_a_terminal_there_is_a_line_now_and_then_and_the_last(tmp_path: 
         "step 34/100  loss nan  1m06s left\n"
     )
     assert (tmp_path / "log.txt").read_text() == stream.getvalue()
+
+
+def test_the_longer_a_run_the_rarer_its_plain_lines(clock: Clock) -> None:
+    stream = io.StringIO()
+    progress = Progress(200_000, stream=stream)
+    at = []
+    for step in range(1, 86_401):
+        before = stream.tell()
+        progress.update(step, {})
+        at += [step] * (stream.tell() > before)
+        clock.now += 1
+    pauses = [after - before for before, after in itertools.pairwise(at)]
+    assert pauses[:100] == [10] * 100
+    assert sorted(pauses) == pauses
+    assert pauses[-1000:] == [60] * 1000
 
 
 def test_a_second_start_adds_to_the_log(tmp_path: Path, clock: Clock) -> None:

@@ -1,11 +1,13 @@
 """The lock against real processes; files on a full disk, which a limit on file size stands for."""
 
 import contextlib
+import fcntl
 import os
 import re
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +17,11 @@ import pytest
 from lm import files
 from lm.errors import ConfigError, StorageError
 from lm.files import AppendOnlyFile, write_atomically
-from lm.train.run_directory import RunDirectory, is_run
+from lm.train.run_directory import RunDirectory, is_held, is_run
 
 HOLDER = """
 import sys
+import threading
 from lm.train.run_directory import RunDirectory
 with RunDirectory(sys.argv[1]):
     print("locked", flush=True)
@@ -228,3 +231,22 @@ def test_a_failed_upload_is_told_and_tried_again(tmp_path: Path, monkeypatch: py
     file.close()
     assert len(reports) == 1
     assert (tmp_path / "missing" / "log.txt").read_bytes() == b"one\ntwo\n"
+
+
+def test_whether_it_is_held(tmp_path: Path) -> None:
+    assert is_held(tmp_path / "none") is False
+    with RunDirectory(tmp_path / "run"):
+        assert is_held(tmp_path / "run") is True
+    assert is_held(tmp_path / "run") is False
+    assert is_held("gs://bucket/run") is None
+
+
+def test_whoever_looks_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path):
+        pass
+    with open(tmp_path / ".lock") as looks:
+        fcntl.flock(looks, fcntl.LOCK_SH)  # as `is_held`, but for longer
+        assert is_held(tmp_path) is False
+        threading.Timer(0.1, lambda: fcntl.flock(looks, fcntl.LOCK_UN)).start()
+        with RunDirectory(tmp_path):
+            assert is_held(tmp_path) is True
