@@ -34,9 +34,10 @@ WORDS = {
 """What a person is told of `doing`."""
 LOOK_SECONDS = 1.0
 WRITE_SECONDS = 5.0
-"""Between two writes; in a bucket, UPLOAD_SECONDS, as for all that is written there again and again."""
+"""Between two writes, but where something else begins; in a bucket always UPLOAD_SECONDS, as for all that is written
+there again and again."""
 CLOSE_SECONDS = 5.0
-"""What the end of a run waits for a write that hangs."""
+"""What the end of a run waits for storage that hangs."""
 
 
 class Now:
@@ -47,7 +48,7 @@ class Now:
         doing        what `look` gives first: a cause of lm/train/goodput.py, or "data" while it is built
         done         and second: finished steps
         since, time  when both became so, and when this was written, in seconds since 1970
-        every        seconds between two writes
+        every        seconds between two writes, at most
 
     A write that fails is let pass: it harms nothing but what somebody who looks can see. Without a path nothing is
     written: for processes of a run that are not its primary.
@@ -70,25 +71,25 @@ class Now:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._closed.set()
-        if self._path is None:
-            return
-        self._thread.join(CLOSE_SECONDS)
-        if not self._thread.is_alive():
-            with contextlib.suppress(Exception):
-                self._path.unlink(missing_ok=True)
+        if self._path is not None:
+            self._thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
         assert self._path is not None
-        seen, since, due = self._look(), time.time(), time.monotonic()
+        seen, since, due, told = self._look(), time.time(), time.monotonic(), ""
         while True:
-            if time.monotonic() >= due:
+            # Most runs wait for a batch now and then, which is no news.
+            news = told not in ("", seen[0]) and {told, seen[0]} != {"step", "input"}
+            if (news and not is_url(self._path)) or time.monotonic() >= due:
                 self._write(self._path, self._facts(seen, since))
-                due = time.monotonic() + self._every
+                due, told = time.monotonic() + self._every, seen[0]
             if self._closed.wait(LOOK_SECONDS):
-                return
+                break
             now = self._look()
             if now != seen:
                 seen, since = now, time.time()
+        with contextlib.suppress(Exception):
+            self._path.unlink(missing_ok=True)
 
     def _facts(self, seen: tuple[str, int], since: float) -> dict[str, Any]:
         doing, done = seen
