@@ -35,6 +35,7 @@ LAYERS: dict[str, set[str]] = {
         "config",
         "errors",
     },
+    "report": {"train", "checkpoint", "files", "errors"},
     "plan": {"chips", "kernels", "train", "experiment", "parallel", "model", "optim", "data", "config", "errors"},
     "evaluate": {"train", "checkpoint", "experiment", "generate", "parallel", "model", "data", "config", "errors"},
 }
@@ -96,3 +97,22 @@ heavy = {"jax", "flax", "numpy", "grain", "etils", "orbax", "tensorboard"} & set
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("verb", [["status", "RUN", "--json"]], ids=lambda v: v[0])
+def test_reports_of_runs_do_not_wait_for_jax(verb: list[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"run": {}, "train": {"steps": 10}}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 5.0}\n{"step": 1, "loss": 4.0}\n')
+    folder = tmp_path / "checkpoints" / "2"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    code = """
+import sys
+from lm.cli import main
+assert main(sys.argv[1:]) == 0
+heavy = {"jax", "flax", "numpy", "grain", "orbax", "tensorboard", "matplotlib", "gcsfs"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    arguments = [str(tmp_path) if word == "RUN" else word for word in verb]
+    command = [sys.executable, "-c", code, *arguments]
+    subprocess.run(command, check=True, cwd=ROOT.parent, stdout=subprocess.DEVNULL)
