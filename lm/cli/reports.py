@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +15,11 @@ def add_verbs(verbs: Any) -> None:
     verb.add_argument("trained", metavar="RUN")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
+    verb = add(verbs, "runs", _runs, "a table of the runs below folders, with what differs in their configs")
+    verb.add_argument("folders", metavar="DIR", nargs="+")
+    verb.add_argument("--sort", metavar="NAME", help="a column or a key of the config, such as loss; smallest first")
+    verb.add_argument("--json", action="store_true", help="print one JSON list")
+
 
 def _status(options: argparse.Namespace) -> None:
     from lm.report.facts import read_facts
@@ -21,6 +27,14 @@ def _status(options: argparse.Namespace) -> None:
 
     facts = read_facts(options.trained)
     _print([json.dumps(status(facts))] if options.json else status_lines(facts))
+
+
+def _runs(options: argparse.Namespace) -> None:
+    from lm.report.runs import compare, table
+
+    rows = compare(options.folders, options.sort)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    _print([json.dumps(rows)] if options.json else table(rows, width))
 
 
 def _print(lines: Iterable[str]) -> None:
