@@ -99,7 +99,7 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("verb", [["status", "RUN", "--json"], ["runs", "RUN"]], ids=lambda v: v[0])
+@pytest.mark.parametrize("verb", [["status", "RUN", "--json"], ["runs", "RUN"], ["plot", "RUN"]], ids=lambda v: v[0])
 def test_reports_of_runs_do_not_wait_for_jax(verb: list[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"run": {}, "train": {"steps": 10}}')
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 5.0}\n{"step": 1, "loss": 4.0}\n')

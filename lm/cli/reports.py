@@ -20,6 +20,16 @@ def add_verbs(verbs: Any) -> None:
     verb.add_argument("--sort", metavar="NAME", help="a column or a key of the config, such as loss; smallest first")
     verb.add_argument("--json", action="store_true", help="print one JSON list")
 
+    verb = add(verbs, "plot", _plot, "curves of runs, in the terminal or in a file")
+    verb.add_argument("trained", metavar="RUN", nargs="+")
+    verb.add_argument(
+        "--metric", metavar="NAME", action="append", help="of metrics.jsonl; may be repeated; default: loss"
+    )
+    verb.add_argument("--x", choices=("step", "tokens", "seconds"), default="step", help="seconds: those in steps")
+    verb.add_argument("--smooth", metavar="N", type=int, default=1, help="mean of the last N points")
+    verb.add_argument("--log", action="store_true", help="logarithmic values")
+    verb.add_argument("--out", metavar="FILE", help="a .png or .svg, which needs matplotlib: pip install 'lm[plot]'")
+
 
 def _status(options: argparse.Namespace) -> None:
     from lm.report.facts import read_facts
@@ -35,6 +45,23 @@ def _runs(options: argparse.Namespace) -> None:
     rows = compare(options.folders, options.sort)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     _print([json.dumps(rows)] if options.json else table(rows, width))
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from lm.report.curves import curves
+
+    found = curves(options.trained, options.metric or ["loss"], x=options.x, smooth=options.smooth, log=options.log)
+    for note in found.notes:
+        print(f"lm: {note}", file=sys.stderr)
+    if options.out is None:
+        from lm.report.terminal import Canvas, drawn
+
+        _print(drawn(found, Canvas.of(sys.stdout)))
+    else:
+        from lm.report.figure import write
+
+        write(found, options.out)
+        _print([f"written to {options.out}"])
 
 
 def _print(lines: Iterable[str]) -> None:

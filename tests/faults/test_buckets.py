@@ -22,9 +22,15 @@ from lm.checkpoint.checkpoints import list_checkpoints
 from lm.checkpoint.manifest import file_sizes
 from lm.errors import StorageError
 from lm.files import AppendOnlyFile
+from lm.report.curves import curves
+from lm.report.facts import read_facts
+from lm.report.runs import compare
+from lm.report.status import status
+from lm.train.now import Now
 from lm.train.run_directory import RunDirectory
 
 from ..checkpoint.made import Writer, abstract, bits, small, steps
+from ..report.made import begun, event, line, made
 from .conftest import Run
 
 pytest.importorskip("gcp_storage_emulator", reason="needs the package gcp-storage-emulator")
@@ -261,6 +267,28 @@ def test_a_log_stops_nothing_and_is_whole_in_the_end(
     assert lines[:51] == [b"first", *(b"%d" % number for number in range(50))]
     assert lines[-1] == b"last"
     assert len(said) == 1
+
+
+def test_a_run_there_is_looked_at_from_anywhere(folder: epath.Path, tmp_path: Path) -> None:
+    lines = [line(k, loss=5.0 - k, heldout_loss=4.5) for k in range(3)]
+    made(folder / "sweep" / "a", lines=lines, events=[begun(host="elsewhere", ago=900)])
+    made(folder / "sweep" / "b", lines=lines, events=[begun(host="elsewhere", ago=300), event("end", code=0)])
+    (folder / "sweep" / "a" / "checkpoints" / "2").mkdir(parents=True)
+    (folder / "sweep" / "a" / "checkpoints" / "2" / "config.json").write_text("{}")
+    with Now(folder / "sweep" / "a" / "now.json", start="a", look=lambda: ("evaluation", 3)):
+        until = time.monotonic() + 30
+        while (facts := read_facts(folder / "sweep" / "a")).now is None:
+            assert time.monotonic() < until
+        found = status(facts)
+        assert found | {"state": "running", "doing": "evaluation", "step": 3, "loss": 3.0} == found
+    assert not (folder / "sweep" / "a" / "now.json").exists()
+    rows = compare([f"{folder}/"], "run")
+    assert [(row["run"], row["state"]) for row in rows] == [
+        (f"{folder}/sweep/a", "silent"),
+        (f"{folder}/sweep/b", "done"),
+    ]
+    [curve] = curves([f"{folder}/sweep/b"], ["loss"], x="step", smooth=1, log=False).curves
+    assert curve.y == [5.0, 4.0, 3.0]
 
 
 def test_a_run_through_failures(
