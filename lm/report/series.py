@@ -55,9 +55,13 @@ def latest(path: str | os.PathLike[str], name: str) -> Line | None:
     key = json.dumps(name).encode()
     with _opened(path) as file:
         for contents, from_start in _ends(file) if file else ():
-            for line in reversed(_whole(contents, from_start)):
-                if key in line and (found := _line(line)) is not None and name in found.values:
+            end = contents.rfind(b"\n")
+            while (at := contents.rfind(key, 0, max(end, 0))) >= 0:  # much quicker than to look at each line
+                begin = contents.rfind(b"\n", 0, at) + 1
+                found = _line(contents[begin : contents.index(b"\n", at)]) if begin or from_start else None
+                if found is not None and name in found.values:
                     return found
+                end = begin
             if len(contents) >= _SEARCH_BYTES:
                 break
     return None
