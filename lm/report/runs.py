@@ -162,8 +162,8 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
 
 
 def _spelled(value: Any) -> str:
-    flat = isinstance(value, list) and not any(isinstance(item, list | dict) for item in value)
-    text = ",".join(map(str, value)) if flat else value if isinstance(value, str) else json.dumps(value)
+    nested = isinstance(value, list) and any(isinstance(item, list) for item in value)
+    text = json.dumps(value) if nested else ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return one_line(text if len(text) <= 40 else f"{text[:18]}…{text[-20:]}")
 
 
