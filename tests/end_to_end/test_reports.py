@@ -30,7 +30,7 @@ def going_on(workplace: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def until(lm: Lm, run: str, wanted: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     """What `lm status --json` says when it says what is wanted."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     while True:
         found: dict[str, Any] = json.loads(lm("status", run, "--json").stdout)
         if wanted(found):
