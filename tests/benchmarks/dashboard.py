@@ -57,11 +57,10 @@ def main() -> None:
         spent = (time.monotonic() - began) / options.runs
         sizes = [sum(file.stat().st_size for file in (path / "tensorboard").iterdir()) for path in runs]
         print(
-            f"{options.runs} runs of {options.steps:,} steps, a line every {options.every}: {spent:.1f} s to write each"
+            f"{options.runs} runs of {options.steps:,} steps, a line every {options.every}: {spent:.1f} s a run to write"
         )
-        print(
-            f"event files: {max(sizes) / 1e6:.1f} MB a run; metrics.jsonl: {size_of(runs[0] / 'metrics.jsonl'):.1f} MB"
-        )
+        lines = (runs[0] / "metrics.jsonl").stat().st_size / 1e6
+        print(f"event files: {max(sizes) / 1e6:.1f} MB a run; metrics.jsonl: {lines:.1f} MB")
         print("TensorBoard, seconds from its start:", json.dumps(measure(folder, options.runs)))
 
 
@@ -84,10 +83,8 @@ def write(path: Path, seed: int, options: argparse.Namespace) -> None:
     looked += [f"{what}/{d}" for what in ("attention_entropy", "attention_logit") for d in depths if "layer" in d]
     random = np.random.default_rng(seed)
     maps = random.dirichlet(np.ones(TOKENS) / 8, (4, 4, TOKENS)).astype(np.float32)
-    picture = (
-        attention_maps(maps, range(4)),
-        token_losses(["word "] * TOKENS, random.exponential(3, TOKENS), maps[0, 0, 0] >= 0),
-    )
+    losses = token_losses(["word "] * TOKENS, random.exponential(3, TOKENS), np.ones(TOKENS, bool))
+    pictures = {"attention": attention_maps(maps, range(4)), "loss of each token": losses}
     every = math.ceil(options.steps / config.eval.every / PICTURES) * config.eval.every
     with RunDirectory(path) as run:
         run.config.write_text("{}")
