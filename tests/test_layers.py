@@ -36,6 +36,7 @@ LAYERS: dict[str, set[str]] = {
         "errors",
     },
     "report": {"train", "checkpoint", "files", "errors"},
+    "track": {"train", "files", "errors"},
     "plan": {"chips", "kernels", "train", "experiment", "parallel", "model", "optim", "data", "config", "errors"},
     "evaluate": {"train", "checkpoint", "experiment", "generate", "parallel", "model", "data", "config", "errors"},
 }

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from lm.cli import checkpoints, data, planning, reports, training
+from lm.cli import checkpoints, data, planning, reports, tracking, training
 from lm.cli.common import EPILOG, STYLE
 from lm.errors import LmError, Stopped
 
@@ -61,6 +61,6 @@ def _take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("lm", description=ABOUT, epilog=EPILOG, formatter_class=STYLE)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for part in (training, reports, planning, data, checkpoints):
+    for part in (training, reports, tracking, planning, data, checkpoints):
         part.add_verbs(verbs)
     return parser

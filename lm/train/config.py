@@ -149,15 +149,26 @@ class SampleConfig:
             yield "top_p", f"must be above 0 and at most 1, got {self.top_p}"
 
 
+TRACKERS = ("wandb", "mlflow")
+
+
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """How often metrics are written."""
+    """How often metrics are written, and where else they are shown."""
 
     every: int = 10
     """Steps from line to line of metrics.jsonl and point to point in TensorBoard; the last step always."""
     detail: Literal["all", "scalars"] = "all"
     """all: with every evaluation also attention, histograms and pictures (lm/train/probe.py)."""
+    trackers: tuple[str, ...] = ()
+    """Services that the run is sent to while it is trained, of TRACKERS; what they are told is in their own environment
+    variables."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.every < 1:
             yield "every", f"must be at least 1, got {self.every}"
+        for name in self.trackers:
+            if name not in TRACKERS:
+                yield "trackers", f"there is no {name!r}, only {' and '.join(TRACKERS)}"
+        if len(set(self.trackers)) < len(self.trackers):
+            yield "trackers", "has one twice"

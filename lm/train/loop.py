@@ -67,6 +67,7 @@ from lm.train.slowest import slowest
 from lm.train.state import TrainState, abstract_state, forget, in_one_stack, init_state
 from lm.train.step import Metrics, check_batch, jit_train_step, make_eval_step
 from lm.train.summaries import NoSummaries, Summaries, verbatim
+from lm.train.trackers import Trackers
 from lm.train.watchdog import Watchdog
 
 SLOWEST_SECONDS = 600.0
@@ -98,6 +99,7 @@ def train(
     mesh = make_mesh(config.mesh)
     abstract = abstract_state(config, mesh)
     check_batch(config, mesh, layout_of(config.mesh, mesh))
+    trackers = Trackers(config.log.trackers if processes.primary else ())
     with (
         stop_signals() as stop,
         run if processes.primary else contextlib.nullcontext(run) as directory,
@@ -111,6 +113,7 @@ def train(
             if processes.primary
             else lambda line: say_here(f"lm: {processes.name(processes.index)}: {line}")
         ),
+        trackers,  # around the journal, so that they are told how the run has ended
     ):
         facts = {"processes": processes.count, "devices": mesh.size, "kind": jax.devices()[0].device_kind}
         if processes.primary:
@@ -122,7 +125,7 @@ def train(
             Now(now, start=journal.start, look=lambda: _doing(journal, watchdog)),
         ):
             progress.watch(lambda: _doing(journal, watchdog))
-            _Run(config, mesh, abstract, directory, progress, journal, watchdog, stop, processes, expect).go()
+            _Run(config, mesh, abstract, directory, progress, journal, watchdog, stop, processes, expect, trackers).go()
 
 
 def _doing(journal: Journal, watchdog: Watchdog) -> tuple[str, int]:
@@ -154,10 +157,11 @@ class _Run:
         stop: StopRequest,
         processes: Processes,
         expect: Expect | None,
+        trackers: Trackers,
     ):
         self.config, self.mesh, self.abstract = config, mesh, abstract
         self.directory, self.progress, self.stop = directory, progress, stop
-        self.journal, self.watchdog = journal, watchdog
+        self.journal, self.watchdog, self.trackers = journal, watchdog, trackers
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         self.processes, self.expect = processes, expect
         self.stopped_by: str | None = None
@@ -176,6 +180,7 @@ class _Run:
         with self.journal.time("compile"):
             self.compile()
         self.journal.note("compiled")
+        self.trackers.follow(self.directory.path, self.say)
         try:
             state = self.steps(first, state)
             self.finish(state)

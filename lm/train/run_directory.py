@@ -7,6 +7,7 @@
       journal.jsonl    starts, ends, and where the time went
       now.json         while it runs: what it is doing
       log.txt          what the run printed
+      trackers/        what was sent to which tracker, and what its library printed
       .lock            held by the process that writes the run
 """
 
