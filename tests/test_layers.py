@@ -117,3 +117,13 @@ assert not heavy, heavy
     arguments = [str(tmp_path) if word == "RUN" else word for word in verb]
     command = [sys.executable, "-c", code, *arguments]
     subprocess.run(command, check=True, cwd=ROOT.parent, stdout=subprocess.DEVNULL)
+
+
+def test_what_feeds_a_tracker_is_small() -> None:
+    code = """
+import sys
+import lm.cli, lm.track.follow, lm.track.mlflow, lm.track.wandb
+heavy = {"jax", "flax", "numpy", "grain", "orbax", "tensorboard", "wandb", "mlflow"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)

@@ -95,8 +95,8 @@ def _failed(run: RunDirectory, name: str, error: Exception) -> str:
     count = -1
     with contextlib.suppress(Exception):
         count = Sending(run, name).missing()
-    missing = f"{count} logged steps are" if count >= 0 else "not all is"
-    return f"{_short(error)}; {missing} not there: `{command(run.path, name)}` sends what is missing"
+    missing = f"{count} logged steps are" if count >= 0 else "all is"
+    return f"{_short(error)}; {missing} not known to be there: `{command(run.path, name)}` sends what is missing"
 
 
 def _short(error: Exception) -> str:

@@ -14,6 +14,7 @@ from lm.track.tracker import Line, Mark, State, TrackedRun
 METRICS, PARAMS, PARAM_CHARACTERS, TAG_CHARACTERS = 999, 100, 6000, 5000
 """What a request may hold, of 1,000 metrics and tags together, and how long values may be."""
 _RUN, _SENT = "lm.run", "lm.sent"
+_TAGS = {"commit": "mlflow.source.git.commit"}
 _STATES = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
@@ -71,7 +72,7 @@ class MlflowTracker:
         new = [Param(name, text) for name, text in values.items() if name not in there]
         for begin in range(0, len(new), PARAMS):
             self._client.log_batch(self._id, params=new[begin : begin + PARAMS])
-        tags = {name: text for name, text in run.facts.items() if text}
+        tags = {_TAGS.get(name, name): text for name, text in run.facts.items() if text}
         tags |= {f"changed.{name}": text for name, text in values.items() if there.get(name, text) != text}
         if tags:
             self._client.log_batch(self._id, tags=[RunTag(name, text[:TAG_CHARACTERS]) for name, text in tags.items()])

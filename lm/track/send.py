@@ -60,25 +60,27 @@ class Sending:
         and is kept back; so it is when the run did not get done."""
         count = 0
         lines = self._metrics.after(self._given, hold=self._hold(over))
-        while part := list(islice(lines, LINES)):
-            self._tracker.scalars(part)
-            self._given = part[-1].mark
-            count += len(part)
+        try:
+            while part := list(islice(lines, LINES)):
+                self._tracker.scalars(part)
+                self._given = part[-1].mark
+                count += len(part)
+                self._see()
+        finally:
             self._see()
-        self._see()
         return count
 
     def finish(self, otherwise: State) -> None:
         """Waits until all has arrived. `otherwise`: how a run ended that does not say it."""
         code = self._code()
-        self._tracker.finish(
-            otherwise if code is None else "finished" if code == 0 else "stopped" if code in (75, 130) else "failed"
-        )
-        self._arrived = self._given
-        self._note()
+        ended: State = "finished" if code == 0 else "stopped" if code in (75, 130) else "failed"
+        try:
+            self._tracker.finish(otherwise if code is None else ended)
+        finally:
+            self._see()
 
     def missing(self) -> int:
-        """How many lines have not arrived, as far as is known."""
+        """How many lines are not known to have arrived."""
         return sum(1 for _ in Metrics(self._run.metrics).after(self._arrived, hold=self._hold(over=True)))
 
     def _hold(self, over: bool) -> int | None:

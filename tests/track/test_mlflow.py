@@ -1,0 +1,155 @@
+"""MLflow's own library and store."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from lm.errors import ConfigError, StorageError
+from lm.track.follow import catch_up
+from lm.track.mlflow import requests
+from lm.track.tracker import Line, Mark
+from lm.train.run_directory import RunDirectory
+
+from .conftest import Made
+
+
+def the_run(name: str = "lm") -> Run:
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    return run
+
+
+def history(run: Run, name: str) -> list[tuple[int, Any]]:
+    return [(one.step, one.value) for one in MlflowClient().get_metric_history(run.info.run_id, name)]
+
+
+def send(run: Made) -> None:
+    catch_up(RunDirectory(run.path), "mlflow", print)
+
+
+def test_what_is_logged_is_there_once(made: Callable[..., Made], store: Path) -> None:
+    run = made(
+        steps=6,
+        config={"data": {"paths": ["x" * 9000], "sources": [{"path": "a"}]}, "many": {str(i): i for i in range(250)}},
+    )
+    run.log(0, loss=0.1 + 0.2, **{"goodput/step": 0.5})
+    run.log(1, loss="NaN", grad_norm="Infinity")
+    send(run)
+    send(run)
+    run.log(2, loss=-1e-300)
+    send(run)
+    tracked = the_run()
+    (first, (step, value), last) = history(tracked, "loss")
+    assert (first, last) == ((0, 0.1 + 0.2), (2, -1e-300))
+    assert step == 1
+    assert math.isnan(value)
+    assert history(tracked, "goodput/step") == [(0, 0.5)]
+    assert history(tracked, "grad_norm") == [(1, math.inf)]
+    params = tracked.data.params
+    assert params["train.steps"] == "6"
+    assert params["data.sources.0.path"] == "a"
+    assert len(params["data.paths"]) == 6000
+    assert params["many.249"] == "249"
+    assert tracked.info.run_name == "made"
+    assert tracked.data.tags["host"] == "trainer"
+    assert tracked.info.status == "KILLED"  # it does not say how it ended
+
+
+def test_the_end_is_told_and_so_are_its_values(made: Callable[..., Made], store: Path) -> None:
+    run = made(steps=2)
+    run.log(0, loss=2)
+    run.log(1, loss=1)
+    run.note("end", code=4)
+    send(run)
+    assert the_run().info.status == "FAILED"
+    assert history(the_run(), "loss") == [(0, 2)]  # the last one changes when the run gets done
+    run.metrics.write_text(run.metrics.read_text().replace('"loss": 1}', '"loss": 1, "heldout_loss": 3}'))
+    run.note("start", start="another")
+    run.note("end", start="another", code=0)
+    send(run)
+    assert the_run().info.status == "FINISHED"
+    assert history(the_run(), "loss") == [(0, 2), (1, 1)]
+    assert history(the_run(), "heldout_loss") == [(1, 3)]
+
+
+def test_after_a_rewind_steps_have_a_second_value(made: Callable[..., Made], store: Path) -> None:
+    run = made(steps=9)
+    for step in range(4):
+        run.log(step, loss=step)
+    send(run)
+    run.metrics.write_text("".join(run.metrics.read_text().splitlines(keepends=True)[:2]))
+    for step in range(2, 5):
+        run.log(step, loss=10 * step, rewinds=1)
+    send(run)
+    send(run)
+    assert history(the_run(), "loss") == [(0, 0), (1, 1), (2, 2), (3, 3), (2, 20), (3, 30), (4, 40)]
+
+
+def test_it_goes_on_from_what_the_tracker_has(
+    made: Callable[..., Made], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without what was noted here, and with parameters that changed, which MLflow refuses."""
+    run = made(steps=9, config={"log": {"every": 1}})
+    run.log(0, loss=0)
+    send(run)
+    (run.path / "trackers" / "mlflow.json").unlink()
+    (run.path / "config.json").write_text('{"train": {"steps": 9}, "log": {"every": 5}}')
+    run.log(1, loss=1)
+    send(run)
+    assert history(the_run(), "loss") == [(0, 0), (1, 1)]
+    assert the_run().data.params["log.every"] == "1"
+    assert the_run().data.tags["changed.log.every"] == "5"
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "elsewhere")
+    send(run)
+    assert history(the_run("elsewhere"), "loss") == [(0, 0), (1, 1)]
+
+
+def test_a_request_that_fails_halfway_is_made_up_for(
+    made: Callable[..., Made], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(steps=9999)
+    for step in range(2500):
+        run.log(step, loss=step)
+    log_batch, calls = MlflowClient.log_batch, []
+
+    def fails_later(self: MlflowClient, run_id: str, **sent: Any) -> None:
+        calls.append(sent)
+        if len(calls) == 4:
+            raise ConnectionError("it went away")
+        log_batch(self, run_id, **sent)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "log_batch", fails_later)
+        # Parameters, tags, 999 steps, and then
+        with pytest.raises(
+            StorageError, match=r"it went away; 1501 logged steps are not known to be there: `lm track .* --to mlflow`"
+        ):
+            send(run)
+    send(run)
+    assert history(the_run(), "loss") == [(step, step) for step in range(2500)]
+
+
+def test_requests_are_few_and_not_too_large() -> None:
+    lines = [Line(Mark(0, step), {f"m{i}": i for i in range(step)}) for step in range(12)]
+    parts = list(requests(lines, 10))
+    assert [len(part) for part, _ in parts] == [10] * 6 + [6]
+    assert [value for part, _ in parts for value in part] == [(k, f"m{i}", i) for k in range(12) for i in range(k)]
+    seen: list[int] = []
+    for part, sent in parts:  # nothing is said to be there before all of it is
+        seen += [step for step, _, _ in part]
+        assert sent is None or seen.count(sent.step) == sent.step
+    assert parts[-1][1] == Mark(0, 11)
+
+
+def test_what_was_never_started_cannot_be_sent(tmp_path: Path, made: Callable[..., Made], store: Path) -> None:
+    run = made(steps=1)
+    (run.path / "journal.jsonl").unlink()
+    with pytest.raises(ConfigError, match="has nothing to send"):
+        send(run)
