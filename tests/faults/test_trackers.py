@@ -18,6 +18,7 @@ from lm.train.config import TRACKERS
 
 from ..track.conftest import store as store
 from ..track.servers import hanging, refusing
+from .faulty_bucket import FaultyBucket
 
 Logged = Callable[[Path], list[dict[str, float]]]
 ROOT = Path(package.__file__).parent.parent
@@ -183,3 +184,24 @@ def test_ctrl_c_lets_the_tracker_have_all(place: Place, workplace: Path, store: 
     assert len(losses.read_text().splitlines()) == len(
         (place.folder / "run" / "metrics.jsonl").read_text().splitlines()
     )
+
+
+def test_a_run_in_a_bucket(place: Place, workplace: Path, undisturbed: Path, logged: Logged, store: Path) -> None:
+    bucket = FaultyBucket()
+    try:
+        place.environment |= bucket.variables
+        place.environment |= {name: os.environ[name] for name in ("MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE")}
+        command = [sys.executable, "-m", "lm", "train", "tiny.py", "--run.dir=gs://bucket/run", "--log.trackers=mlflow"]
+        ended = subprocess.run(
+            command, cwd=workplace, env=place.environment, capture_output=True, text=True, timeout=200
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    finally:
+        bucket.close()
+    assert "mlflow: " not in ended.stdout
+    (losses,) = store.glob("*/*/metrics/loss")
+    assert [float(line.split()[1]) for line in losses.read_text().splitlines()] == [
+        line["loss"] for line in logged(undisturbed)
+    ]
+    (held_out,) = store.glob("*/*/metrics/heldout_loss")
+    assert float(held_out.read_text().splitlines()[-1].split()[1]) == logged(undisturbed)[-1]["heldout_loss"]
