@@ -56,9 +56,7 @@ def main() -> None:
             write(path, seed, options)
         spent = (time.monotonic() - began) / options.runs
         sizes = [sum(file.stat().st_size for file in (path / "tensorboard").iterdir()) for path in runs]
-        print(
-            f"{options.runs} runs of {options.steps:,} steps, a line every {options.every}: {spent:.1f} s a run to write"
-        )
+        print(f"{options.runs} runs of {options.steps:,} steps, a line each {options.every}, written in {spent:.1f} s")
         lines = (runs[0] / "metrics.jsonl").stat().st_size / 1e6
         print(f"event files: {max(sizes) / 1e6:.1f} MB a run; metrics.jsonl: {lines:.1f} MB")
         print("TensorBoard, seconds from its start:", json.dumps(measure(folder, options.runs)))
