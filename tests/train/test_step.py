@@ -138,7 +138,7 @@ def test_metrics_are_what_their_names_say(once: tuple[TrainState, Metrics]) -> N
     assert all(value.dtype == jnp.float32 for value in metrics.values())
     assert {name for name, value in metrics.items() if value.shape} == {"kind_norms", "depth_norms"}
     of_depths = np.linalg.norm(metrics["depth_norms"], axis=1)
-    assert of_depths == pytest.approx([metrics[f"{name}_norm"] for name in ("grad", "param", "update")], rel=1e-6)
+    assert of_depths == pytest.approx([float(metrics[f"{one}_norm"]) for one in ("grad", "param", "update")], rel=1e-6)
     own = jax.device_put(batch | {"source": np.zeros(len(batch["bytes"]), np.int32)})
     sums = make_eval_step(CONFIG, ONE)(before.params, own)
     assert (float(sums.total[0]), float(sums.weight[0])) == (pytest.approx(nll, rel=1e-5), weight)
