@@ -10,7 +10,15 @@ from lm.data.config import DataConfig
 from lm.model.config import ModelConfig
 from lm.optim.config import OptimConfig
 from lm.parallel.mesh import MeshConfig
-from lm.train.config import EvalConfig, LogConfig, RecoveryConfig, SampleConfig, TrainConfig, WatchdogConfig
+from lm.train.config import (
+    EvalConfig,
+    LogConfig,
+    ProfileConfig,
+    RecoveryConfig,
+    SampleConfig,
+    TrainConfig,
+    WatchdogConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Config:
     eval: EvalConfig = free(EvalConfig())
     sample: SampleConfig = free(SampleConfig())
     log: LogConfig = free(LogConfig())
+    profile: ProfileConfig = free(ProfileConfig())
 
     def check(self) -> Iterator[tuple[str, str]]:
         tokenizer, vocabulary = self.data.tokenizer, self.model.vocab_size
@@ -64,6 +73,12 @@ class Config:
             yield (
                 "train.sequence_length",
                 f"{length} is more than model.context = {context} learned positions",
+            )
+
+        if self.profile.range.stop > self.train.steps:
+            yield (
+                "profile.steps",
+                f"{self.profile.steps} goes beyond train.steps = {self.train.steps}; steps count from 0",
             )
 
     @property

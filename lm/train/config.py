@@ -1,6 +1,7 @@
 """How long, how large, and what a run does besides training steps."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -17,6 +18,8 @@ REMAT_NAMES = (
 )
 """Results inside a layer that can be saved: what attention reads and gives (with what its own backward pass needs),
 what it adds to the residual stream, and the two products that make the hidden layer."""
+MOST_PROFILED_STEPS = 100
+"""In one trace: it is held in memory until it is written, and devices keep only so many events."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +111,8 @@ class WatchdogConfig:
     """For each batch of held-out text, and for a sample."""
     save_seconds: float = 3600.0
     """For the part of a save that training waits for."""
+    profile_seconds: float = 900.0
+    """To begin a trace of some steps, or to write it."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         for field in dataclasses.fields(self):
@@ -172,3 +177,26 @@ class LogConfig:
                 yield "trackers", f"there is no {name!r}, only {' and '.join(TRACKERS)}"
         if len(set(self.trackers)) < len(self.trackers):
             yield "trackers", "has one twice"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """Which steps are traced; lm/train/profiler.py says where to, and how a run is asked for a trace while it runs."""
+
+    steps: str = ""
+    """Such as 20:25 for steps 20 to 24, a range as Python has it; empty: none."""
+
+    @property
+    def range(self) -> range:
+        begin, _, end = self.steps.partition(":")
+        return range(int(begin), int(end)) if self.steps else range(0)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if not self.steps:
+            return
+        if not re.fullmatch(r"[0-9]{1,12}:[0-9]{1,12}", self.steps):
+            yield "steps", f"must be as 20:25, which is steps 20 to 24; got {self.steps!r}"
+        elif not self.range:
+            yield "steps", f"{self.steps} has no step: the first one comes before the colon, and the second is left out"
+        elif len(self.range) > MOST_PROFILED_STEPS:
+            yield "steps", f"{self.steps} are {len(self.range)} steps, more than {MOST_PROFILED_STEPS} in one trace"

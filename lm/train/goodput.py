@@ -16,6 +16,7 @@ CAUSES = {
     "input": "waiting for the next batch",
     "save": "held up by a save",
     "evaluation": "held-out text and samples",
+    "profile": "beginning and writing traces",
     "compile": "compiling the step",
     "restore": "reading a checkpoint, or drawing the first state",
     "start": "start of the processes, data, until the first step",

@@ -58,6 +58,7 @@ from lm.train.ledger import Ledger
 from lm.train.meter import Meter
 from lm.train.now import Now
 from lm.train.probe import Probe
+from lm.train.profiler import NoProfiler, Profiler
 from lm.train.progress import Progress, human_count, human_seconds
 from lm.train.resume import refuse_other_run
 from lm.train.run_directory import RunDirectory
@@ -181,10 +182,14 @@ class _Run:
             self.compile()
         self.journal.note("compiled")
         self.trackers.follow(self.directory.path, self.say)
+        self.profiler = (
+            Profiler(self.config.profile, self.directory, self.say) if self.processes.primary else NoProfiler()
+        )
         try:
             state = self.steps(first, state)
             self.finish(state)
         finally:
+            self.profiler.close()
             self.checkpoints.close()
             self.summaries.close()
 
@@ -355,6 +360,7 @@ class _Run:
             if "local save" in wanted:
                 with self.doing("save", k):
                     self.local.save(state, k, self.checkpoints.attachments)
+            self.profile(k, state)
             if self.feed.batches.begins_phase(k):
                 state = self.forget(state)
             verification = self.verification if self.is_due(config.recovery.verify_every, k + 1) else None
@@ -375,17 +381,27 @@ class _Run:
                 self.log(*before)
                 before = None
                 self.save(state, k + 1)
+        self.profile(None, state)
         if before is not None:
             self.log(*before)
         return state, last
+
+    def profile(self, k: int | None, state: TrainState) -> None:
+        """Begins or ends a trace before step k, if one is due; None: after the last step."""
+        if self.profiler.turns(k):
+            with self.meter.spending("devices"):  # a trace has whole steps
+                jax.block_until_ready(state)
+            with self.doing("profile", k):
+                self.profiler.turn(k)
+        self.profiler.mark(k)
 
     def save(self, state: TrainState, step: int) -> None:
         with self.doing("save", step):
             self.checkpoints.save(state, step)
 
     @contextlib.contextmanager
-    def doing(self, what: str, step: int) -> Iterator[None]:
-        """For what is no training, "evaluation" or "save", after so many steps."""
+    def doing(self, what: str, step: int | None) -> Iterator[None]:
+        """For what is no training, "evaluation", "save" or "profile", after so many steps."""
         self.watchdog.phase(what, step)
         with self.meter.spending(what), self.journal.time(what):
             yield

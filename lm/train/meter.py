@@ -5,12 +5,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from jax.profiler import TraceAnnotation
+
 _Sums = collections.defaultdict[str, float]
 
-PAUSES = ("save", "evaluation")
+PAUSES = ("save", "evaluation", "profile")
 """What is no training time."""
 PARTS = {"devices": "compute", "input": "input", "others": "others", "save": "save", "evaluation": "evaluation"}
 """What the host waits for, or does, and what it is called in metrics.jsonl; the rest is the host's."""
+ANNOTATION = "lm: "
+"""Before the name, of what is spent here, in traces of the profiler."""
 
 
 class Meter:
@@ -79,5 +83,6 @@ class Meter:
     def spending(self, what: str) -> Iterator[None]:
         """For the time in which this process waits for "input", "devices" or "others", or does what is in PAUSES."""
         begin = time.monotonic()
-        yield
+        with TraceAnnotation(ANNOTATION + what):
+            yield
         self._spent[what] += time.monotonic() - begin

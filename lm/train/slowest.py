@@ -11,6 +11,7 @@ CAUSES = {
     "input": "waits for input",
     "save": "saves",
     "evaluation": "evaluates",
+    "profile": "writes traces",
     "host": "computes on the host",
 }
 """The seconds that a process notes, each of its own and per step, beside `step_seconds` and `step`. On the host: what

@@ -128,11 +128,13 @@ def test_what_a_process_spends_by_itself(monkeypatch: pytest.MonkeyPatch) -> Non
         meter.read(last)
         return meter.own
 
+    nothing = dict.fromkeys(("input", "host", "save", "evaluation", "profile"), 0.0)
     first = four_steps(3, input=1.0, devices=20.0, host=2.0, save=8.0)
-    assert first == {"input": 0.25, "host": 0.5, "save": 2.0, "evaluation": 0.0}
+    assert first == nothing | {"input": 0.25, "host": 0.5, "save": 2.0}
     assert meter.latest["step_seconds"] == 23 / 4
-    assert four_steps(7, input=3.0, evaluation=4.0) == {"input": 0.5, "host": 0.25, "save": 1.0, "evaluation": 0.5}
+    second = four_steps(7, input=3.0, evaluation=4.0)
+    assert second == nothing | {"input": 0.5, "host": 0.25, "save": 1.0, "evaluation": 0.5}
     meter.turn()  # a save counts long enough to be seen where steps are many and saves few
     assert four_steps(11, devices=1.0)["save"] == 8.0 / 12
     meter.turn()
-    assert four_steps(15, devices=1.0) == {"input": 0.0, "host": 0.0, "save": 0.0, "evaluation": 0.0}
+    assert four_steps(15, devices=1.0) == nothing
