@@ -38,6 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "report": {"train", "checkpoint", "files", "errors"},
     "track": {"train", "files", "errors"},
     "plan": {"chips", "kernels", "train", "experiment", "parallel", "model", "optim", "data", "config", "errors"},
+    "profile": {"chips", "train", "experiment", "model", "files", "config", "errors"},
     "evaluate": {"train", "checkpoint", "experiment", "generate", "parallel", "model", "data", "config", "errors"},
 }
 """What each part of lm may import, itself aside; cli may import everything."""

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lm.cli import checkpoints, data, planning, reports, tracking, training
+from lm.cli import checkpoints, data, planning, profiles, training
 from lm.cli.common import EPILOG, STYLE
 from lm.errors import LmError, Stopped
 
@@ -62,5 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("lm", description=ABOUT, epilog=EPILOG, formatter_class=STYLE)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     for part in (training, reports, tracking, planning, data, checkpoints):
+    for part in (training, planning, profiles, data, checkpoints):
         part.add_verbs(verbs)
     return parser
