@@ -125,8 +125,8 @@ def _elementwise(profile: Profile) -> _Lines:
         text += f"; {again:.0%} is spent on computing again: keep more with train.remat and train.saved"
     elif _part_share(profile, "optimizer and checks") > 0.2:
         text += (
-            f"; the update takes {_part_share(profile, 'optimizer and checks'):.0%}: a larger batch makes it rarer, "
-            "and mesh.fsdp splits it"
+            f"; the update takes {_part_share(profile, 'optimizer and checks'):.0%}: it weighs less beside more tokens "
+            "(train.batch_size), and mesh.fsdp splits it over devices"
         )
     else:
         text += f"; most in {largest}. Products are small beside it: a wider model, or more tokens per device"

@@ -39,7 +39,7 @@ class Operation:
     again: bool = False
     """Whether it computes anew what the forward pass did not keep."""
     source: str = ""
-    """file.py:line"""
+    """file.py:line, of the part; not of what others call too."""
     op_name: str = ""
     """The stack of names of JAX: jit(train_step)/…/dot_general."""
     asynchronous: bool = False
@@ -75,8 +75,7 @@ class Programs:
         for module in (*modules, *self._named.get(program, ())):
             if found := module.operation(name):
                 return found
-        part = _part_of([source]) if source else REST
-        return _operation(name, kind_by_name(name, category), part, op_name, source)
+        return _operation(name, kind_by_name(name, category), *_part_of([source] if source else []), op_name)
 
 
 def _programs(plane: Any) -> Iterator[tuple[int, bytes]]:
@@ -115,19 +114,18 @@ class _Module:
         frames = list(self._frames(metadata.stack_frame_id))
         if metadata.source_file:
             frames.insert(0, f"{metadata.source_file}:{metadata.source_line}")
-        part = _part_of(frames)
+        part, source = _part_of(frames)
         inside = {opcode for called in begun.called_computation_ids for opcode in self._inside(called)}
         text = " ".join((begun.custom_call_target, begun.name, metadata.op_name))
         kind = kind_of(begun.opcode, inside, text=text)
         if kind == KERNELS and part == "attention":
             kind = ATTENTION
-        own = next((frame for frame in frames if "/lm/" in frame), next(iter(frames), ""))
         return _operation(
             name,
             kind,
             part,
+            source,
             metadata.op_name,
-            own,
             asynchronous=instruction.opcode.endswith(("-start", "-update", "-done")),
             entry=computation.id == self._proto.entry_computation_id,
         )
@@ -167,7 +165,7 @@ class _Module:
 
 
 def _operation(
-    name: str, kind: str, part: str, op_name: str, source: str, *, asynchronous: bool = False, entry: bool = False
+    name: str, kind: str, part: str, source: str, op_name: str, *, asynchronous: bool = False, entry: bool = False
 ) -> Operation:
     return Operation(
         name,
@@ -182,9 +180,10 @@ def _operation(
     )
 
 
-def _part_of(frames: list[str]) -> str:
+def _part_of(frames: list[str]) -> tuple[str, str]:
+    """The part of the model, and the line in it, of a call that went through these lines, the innermost first."""
     for frame in frames:
         for part, places in PARTS:
             if any(place in frame for place in places):
-                return part
-    return REST
+                return part, frame
+    return REST, next((frame for frame in frames if "/lm/" in frame), next(iter(frames), ""))

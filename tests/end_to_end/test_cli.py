@@ -272,6 +272,7 @@ def test_help_is_there_for_every_verb(lm: Lm, capsys: pytest.CaptureFixture[str]
         "eval",
         "generate",
         "plan",
+        "profile",
         "config show",
         "config diff",
         "data build",

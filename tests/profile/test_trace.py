@@ -45,7 +45,7 @@ def test_a_tpu(with_program: bool) -> None:
         assert parts["feed-forward"] == pytest.approx(40 * US)
         assert parts["attention"] == pytest.approx(15 * US)
         first = found.operations[0]
-        assert (first.name, first.source, first.backward) == ("fusion.1", "lm/model/linear.py:20", True)
+        assert (first.name, first.source, first.backward) == ("fusion.1", "lm/model/feed_forward.py:43", True)
         assert [row.name for row in found.operations if row.again] == ["fusion.2"]
 
 
