@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from typing import Any
 
 from lm.cli.common import add, run_directory
@@ -22,6 +23,7 @@ def _profile(options: argparse.Namespace) -> None:
         raise ConfigError("--steps is for --now; `lm train … --profile.steps 20:25` traces steps of a run that starts")
     if options.now and options.trace is not None:
         raise ConfigError("--now takes another trace, and --trace reads one that is there: give one of them")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the devices that are here may be those of the run
     run = run_directory(options)
     name = options.trace
     if options.now:

@@ -16,7 +16,7 @@ from lm.profile.kinds import ATTENTION, KERNELS, kind_by_name, kind_of
 from lm.profile.xplane import parse
 
 REST = "rest of the step"
-_OWN = re.compile(r"^.*/lm/")
+_OWN, _LIBRARY = re.compile(r"^.*/lm/"), re.compile(r"^.*/site-packages/")
 PARTS = (
     ("attention", ("model/attention.py", "kernels/attention/", "model/positions.py")),
     ("feed-forward", ("model/feed_forward.py", "model/experts.py", "kernels/experts", "kernels/gelu.py")),
@@ -173,7 +173,7 @@ def _operation(
         part,
         backward="transpose(" in op_name,
         again="rematted_computation" in op_name or ".remat" in name,
-        source=_OWN.sub("lm/", source),
+        source=_LIBRARY.sub("", _OWN.sub("lm/", source)),
         op_name=op_name,
         asynchronous=asynchronous,
         entry=entry,

@@ -54,6 +54,12 @@ def test_what_a_trace_changes(traced: Path, undisturbed: Path, logged: object) -
     assert events[-1]["milliseconds"]["profile"] > 0
 
 
+def test_reading_a_trace_touches_no_device(lm: Lm, traced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are here may be taken, by the very run."""
+    monkeypatch.setenv("JAX_PLATFORMS", "of no machine")
+    assert "what to try" in lm("profile", "traced").stdout
+
+
 def test_what_cannot_be_read(lm: Lm, undisturbed: Path, traced: Path, workplace: Path, tmp_path: Path) -> None:
     assert "nowhere is not a run" in lm("profile", "nowhere", code=2).stderr
     none = lm("profile", "undisturbed", code=2).stderr
