@@ -6,8 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from lm.cli import checkpoints, data, planning, reports, tracking, training
-from lm.cli import checkpoints, data, planning, profiles, training
+from lm.cli import checkpoints, data, planning, profiles, reports, tracking, training
 from lm.cli.common import EPILOG, STYLE
 from lm.errors import LmError, Stopped
 
@@ -62,7 +61,6 @@ def _take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("lm", description=ABOUT, epilog=EPILOG, formatter_class=STYLE)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for part in (training, reports, tracking, planning, data, checkpoints):
-    for part in (training, planning, profiles, data, checkpoints):
+    for part in (training, reports, profiles, tracking, planning, data, checkpoints):
         part.add_verbs(verbs)
     return parser
