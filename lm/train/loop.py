@@ -27,7 +27,6 @@ from collections.abc import Collection, Iterator
 from typing import TextIO
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from lm import config as configs
@@ -39,7 +38,6 @@ from lm.errors import DivergedError, Stopped, StorageError
 from lm.experiment import Config
 from lm.files import write_unless_there
 from lm.model.flops import flops_per_token, parameter_count, peak_flops
-from lm.model.loss import Batch
 from lm.parallel.layout import layout_of
 from lm.parallel.mesh import make_mesh
 from lm.parallel.processes import ALONE, Processes
@@ -47,26 +45,24 @@ from lm.parallel.wire import say as say_here
 from lm.train import ledger, provenance
 from lm.train.bad_steps import BadSteps, Seen
 from lm.train.corruption import Verification
+from lm.train.evaluator import Evaluator
 from lm.train.feed import Feed, build_data
 from lm.train.forecast import Expect, Expected, Forecast
 from lm.train.groups import groups_of
 from lm.train.health import Health
-from lm.train.heldout import HeldOut, held_out_loss
 from lm.train.host_memory import keep_freed_memory
 from lm.train.journal import Journal
 from lm.train.ledger import Ledger
 from lm.train.meter import Meter
 from lm.train.now import Now
-from lm.train.probe import Probe
 from lm.train.profiler import NoProfiler, Profiler
 from lm.train.progress import Progress, human_count, human_seconds
 from lm.train.resume import refuse_other_run
 from lm.train.run_directory import RunDirectory
-from lm.train.sample import sample_text
 from lm.train.signals import StopRequest, stop_signals
 from lm.train.slowest import slowest
-from lm.train.state import TrainState, abstract_state, forget, in_one_stack, init_state
-from lm.train.step import Metrics, check_batch, jit_train_step, make_eval_step
+from lm.train.state import TrainState, abstract_state, forget, init_state
+from lm.train.step import Metrics, check_batch, jit_train_step
 from lm.train.summaries import NoSummaries, Summaries, verbatim
 from lm.train.trackers import Trackers
 from lm.train.watchdog import Watchdog
@@ -262,12 +258,14 @@ class _Run:
         )
         # At a new phase of the mixture the loss is another one.
         self.forget = jax.jit(forget, donate_argnums=0, out_shardings=self.shardings).lower(self.abstract).compile()
-        self.probe = None
-        if (held_out := self.feed.held_out) is not None:
-            eval_step = jax.jit(make_eval_step(config, self.mesh, len(held_out.sources)))
-            self.eval_step = eval_step.lower(self.abstract.params, self.feed.held_out_shapes()).compile()
-            if config.log.detail == "all":
-                self.probe = Probe(config, self.mesh, self.abstract, self.feed.held_out_begin(), self.feed.tokenizer)
+        self.evaluator = Evaluator(
+            config,
+            self.mesh,
+            self.abstract,
+            self.feed,
+            say=self.say,
+            alive=lambda done: self.watchdog.phase("evaluation", done),
+        )
         self.checkpoints.compile(self.abstract)
         self.summaries.config(config)
         flops = flops_per_token(config.model, config.train.sequence_length)
@@ -458,37 +456,8 @@ class _Run:
             self.say(line)
 
     def evaluate(self, state: TrainState, k: int) -> dict[str, float]:
-        """Held-out loss, and a sample, of the state after step k."""
-        if self.feed.held_out is None:
-            return {}
         with self.doing("evaluation", k + 1):
-            count = len(self.feed.held_out)
-            wanted = min(self.config.eval.batches or count, count)
-            result = self.held_out_on(state, [int(i) for i in np.linspace(0, count - 1, wanted).round()], k + 1)
-            self.say(f"after step {k}: held-out loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte")
-            self.sample(state, k)
-            return result.values() | self.look(state, k)
-
-    def look(self, state: TrainState, k: int) -> dict[str, float]:
-        return self.probe.look(state, k, self.summaries) if self.probe else {}
-
-    def held_out_on(self, state: TrainState, which: list[int], step: int) -> HeldOut:
-        def put(batch: dict[str, np.ndarray]) -> Batch:
-            self.watchdog.phase("evaluation", step)  # anew with each, of which few are ahead of the devices
-            return self.feed.put(batch)
-
-        assert self.feed.held_out is not None
-        with self.feed.held_out_batches(which) as loader:
-            batches = (put(batch) for _, batch in loader)
-            return held_out_loss(self.eval_step, state.params, batches, self.feed.held_out.sources)
-
-    def sample(self, state: TrainState, k: int) -> str:
-        if not self.config.sample.tokens:
-            return ""
-        text = sample_text(self.config, in_one_stack(state.params, self.config.mesh.repeats), self.feed.tokenizer)
-        if text:
-            self.summaries.text(k, "sample", verbatim(text))
-        return text
+            return self.evaluator.after(k, state, self.summaries)
 
     def rewind(self, until: int) -> tuple[int, TrainState]:
         """Goes back to a checkpoint of before the steps that were not applied; the batches from there up to step
@@ -547,7 +516,7 @@ class _Run:
         if self.meter.intervals != 2:  # else it was just said
             self.compare()
         with self.doing("evaluation", steps):
-            self.evaluate_all(state)
+            self.evaluator.at_the_end(state, self.summaries)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.say(self.journal.goodput().line())
         self.say(
@@ -559,16 +528,3 @@ class _Run:
             f"    lm eval {self.directory.path}\n"
             f"    lm train {self.directory.path}    # a run that was stopped (Ctrl-C) goes on, bit for bit"
         )
-
-    def evaluate_all(self, state: TrainState) -> None:
-        steps = self.config.train.steps
-        if self.feed.held_out is not None:
-            result = self.held_out_on(state, list(range(len(self.feed.held_out))), steps)
-            self.summaries.amend_last(steps - 1, result.values() | self.look(state, steps - 1))
-            self.say(
-                f"held-out: {result.bits_per_byte:.4f} bits per byte, loss {result.loss:.4f} nats per token, "
-                f"perplexity {result.perplexity:.2f}, over {human_count(result.bytes)} bytes never trained on"
-            )
-        text = self.sample(state, steps - 1)
-        if text:
-            self.say("sample:\n" + "\n".join("    " + line for line in text.splitlines()))
