@@ -44,9 +44,9 @@ def test_what_is_logged_is_what_was_predicted(
     board = EventAccumulator(str(in_workplace / "foretold" / "tensorboard"))
     board.Reload()
     shown = {
-        "speed/expected_step_seconds": 0.25,
-        "memory/expected_bytes": 3e6,
-        "memory/bytes": lines[0]["memory_bytes"],
+        "4 speed/expected_step_seconds": 0.25,
+        "5 whole/expected_memory_bytes": 3e6,
+        "1 overview/8 whole: memory_bytes": lines[0]["memory_bytes"],
     }
     for tag, value in shown.items():
         assert [event.value for event in board.Scalars(tag)] == [value] * 3
