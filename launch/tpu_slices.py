@@ -31,6 +31,7 @@ _HINTS = {
     r"no more capacity|[Ii]nsufficient .*capacity": "another zone may have some, or a queue: --tpu_vm.request=queued",
     r"RESOURCE_EXHAUSTED|[Qq]uota": "ask for quota (console: IAM, Quotas), or take another zone or provisioning",
     r"PERMISSION_DENIED": "the account of `gcloud auth list` needs the role TPU Admin, and the project the TPU API",
+    r"Invalid choice: 'alpha'|components install alpha": "slices of this shape need: gcloud components install alpha",
     r"ALREADY_EXISTS": "the name is taken: another `name` in the machines file",
 }
 
@@ -96,9 +97,8 @@ class Slices:
         kind = _TYPES[chip.name]
         there = {str(one.get("type", "")): one.get("acceleratorConfigs", ()) for one in listed}
         same = [one for one in there if one.startswith(f"{kind}-")]
-        cores = math.prod(shape) * (2 if chip.dimensions == 3 else 1)  # what the numbers count
         shapes = {config.get("topology") for one in same for config in there[one]}
-        if f"{kind}-{cores}" in same or "x".join(map(str, shape)) in shapes:
+        if self._accelerator_type() in same or "x".join(map(str, shape)) in shapes:
             return
         raise LaunchError(
             f"{self.spec.zone} has no {self.spec.topology}. TPUs there: "
@@ -162,6 +162,8 @@ class Slices:
             ]
         else:
             command = ["compute", "tpus", "tpu-vm", "create", self.name, f"--version={version}"]
+        if self._by_shape():
+            command.insert(0, "alpha")
         labels = ",".join([*(f"{key}={value}" for key, value in self.labels.items()), *spec.labels])
         return [
             *command,
@@ -212,11 +214,22 @@ class Slices:
         return parse_name(self.spec.topology)
 
     def _kind_flags(self) -> list[str]:
-        """By the shape where a number of chips has several, else as most know it."""
         kind, shape = self._shape()
-        if kind.dimensions == 3:
+        if self._by_shape():
             return [f"--type={_TYPES[kind.name]}", f"--topology={'x'.join(map(str, shape))}"]
-        return [f"--accelerator-type={_TYPES[kind.name]}-{math.prod(shape)}"]
+        return [f"--accelerator-type={self._accelerator_type()}"]
+
+    def _by_shape(self) -> bool:
+        """Whether there are other slices of as many chips. The gcloud that is no alpha takes shapes of v4 at most."""
+        from lm.plan.topology import shapes
+
+        kind, shape = self._shape()
+        return sum(math.prod(other) == math.prod(shape) for other in shapes(kind)) > 1
+
+    def _accelerator_type(self) -> str:
+        """As most know a slice: with its number of cores, of which a chip of the three-dimensional kinds has two."""
+        kind, shape = self._shape()
+        return f"{_TYPES[kind.name]}-{math.prod(shape) * (2 if kind.dimensions == 3 else 1)}"
 
     def _check_shape(self, nodes: Sequence[dict[str, Any]]) -> None:
         chip, shape = self._shape()
