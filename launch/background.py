@@ -16,7 +16,7 @@ from launch.commands import Commands
 from launch.hosts import Host, Hosts, raise_failed
 from launch.local import copy_lines
 from launch.target import Run, Target, ended, owner, raise_ended, shell_path, write_files
-from launch.tree import pack, unpack
+from launch.tree import unpack
 from lm.errors import LaunchError
 
 SYNC_SECONDS = 1800.0
@@ -53,20 +53,19 @@ class Background(Target):
         nothing = f"nothing was started; what was copied goes with `{self.verb('delete')}`"
         with self.commands.stage(f"looking at {len(self.hosts.hosts)} host(s)", "nothing was changed anywhere"):
             self.reach()
-        archive, code = pack()
-        digest = run.digest(code)
+        digest = run.digest()
         with self.commands.stage("looking for another launch of this name", nothing):
             running = self._claim(digest)
             if all(running):
                 self.commands.say(f"{self.name} is running already: {self.verb('logs --follow')}")
                 return
-        with self.commands.stage(f"copying the code ({len(archive) / 2**20:.1f} MiB)", nothing):
-            self._sync(archive, code)
+        with self.commands.stage(f"copying the code ({len(run.archive) / 2**20:.1f} MiB)", nothing):
+            self._sync(run)
         with self.commands.stage("looking at Python there", nothing):
             self._check_python(run)
         some = f"it may run on some hosts: `{self.verb('stop')}` ends it there, `{self.verb('up')}` starts the rest"
         with self.commands.stage("starting", some):
-            self._start(run, code, digest, running)
+            self._start(run, digest, running)
         if not self.commands.dry_run:
             self.commands.say(f"{self.name} is running: {self.verb('logs --follow')}, {self.verb('status')}")
 
@@ -181,9 +180,8 @@ cd .. && rmdir {self.base} 2> /dev/null || ls {self.base} 2> /dev/null || true""
                 self.commands.say(f"{host.name}: what the run has written stays: {' '.join(left.split())}")
 
     def write(self, run: Run, folder: Path) -> None:
-        _, code = pack()
         count = len(self.hosts.hosts)
-        files = {f"{i}/run.sh": self._program(i, run, code, run.digest(code)) for i in range(count)}
+        files = {f"{i}/run.sh": self._program(i, run, run.digest()) for i in range(count)}
         write_files({"config.json": run.config, **files}, folder, self.commands)
 
     # Stages of `up`
@@ -215,18 +213,18 @@ echo running"""
         )
         return ["running" in one for one in said]
 
-    def _sync(self, archive: bytes, code: str) -> None:
-        there = self.hosts.each(f"test -d {self.base}/code-{code} && echo there || true", "the code was not copied")
+    def _sync(self, run: Run) -> None:
+        there = self.hosts.each(f"test -d {self.base}/code-{run.code} && echo there || true", "the code was not copied")
         missing = [i for i, said in enumerate(there) if "there" not in said]
         hosts = Hosts([self.hosts.hosts[i] for i in missing], self.commands)
 
         def script(place: int) -> str:
             new = f"new-{missing[place]}"
-            return unpack(self.base, code, new)
+            return unpack(self.base, run.code, new)
 
         if missing:
             what = "the code could not be copied, and nothing was started"
-            hosts.each(script, what, given=archive, seconds=SYNC_SECONDS)
+            hosts.each(script, what, given=run.archive, seconds=SYNC_SECONDS)
 
     def _check_python(self, run: Run) -> None:
         check = (
@@ -238,12 +236,12 @@ echo running"""
         script = "\n".join([*run.prelude({}, "."), f"{run.python} -c {shlex.quote(check)}"])
         self.hosts.each(script, "nothing was started, as Python there cannot run it (see python and setup)")
 
-    def _program(self, i: int, run: Run, code: str, digest: str) -> str:
+    def _program(self, i: int, run: Run, digest: str) -> str:
         own = f"{self.base}/{i}"
         return "\n".join(
             [
                 f"exec >> {own}/log.txt 2>&1 < /dev/null",
-                f"own={own} code={self.base}/code-{code}",
+                f"own={own} code={self.base}/code-{run.code}",
                 'rm -f "$own"/exit',
                 f'echo {digest} > "$own"/digest',
                 """trap 'echo $? > "$own"/exit' EXIT""",
@@ -256,7 +254,7 @@ echo running"""
             ]
         )
 
-    def _start(self, run: Run, code: str, digest: str, running: Sequence[bool]) -> None:
+    def _start(self, run: Run, digest: str, running: Sequence[bool]) -> None:
         def script(i: int) -> str:
             if running[i]:
                 return "true"
@@ -265,7 +263,7 @@ cd {self.base} && exec 8> {i}/start && flock 8 || exit 1
 flock -s -n {i}/lock true || {{ [ "$(cat {i}/digest)" = {digest} ]; exit; }}  # another `up` was faster
 rm -f {i}/pid
 cat > {i}/config.json || exit 1
-printf %s {shlex.quote(self._program(i, run, code, digest))} > {i}/run.sh || exit 1
+printf %s {shlex.quote(self._program(i, run, digest))} > {i}/run.sh || exit 1
 setsid flock -w 10 -E {_RUNNING} {i}/lock bash {i}/run.sh > /dev/null 2>&1 < /dev/null 8>&- &
 for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do [ -s {i}/pid ] && exit 0; sleep 0.5; done
 tail -n 1 {i}/log.txt; exit 1"""

@@ -10,6 +10,7 @@ from launch.commands import Commands
 from launch.config import SECTIONS, Machines
 from launch.fits import check_fits
 from launch.target import Run, Target
+from launch.tree import pack
 from lm import config as configs
 from lm.experiment import Config
 
@@ -48,7 +49,11 @@ def launch(
     _, section = found.target
     if topology := getattr(section, "topology", ""):
         commands.say(check_fits(config, topology, section.slices))
-    run = Run(configs.to_json(config), found.python, found.setup, found.environment)
+    archive, code = b"", ""
+    if target.takes_code:
+        with commands.stage("packing the code of this working tree", "nothing was changed anywhere"):
+            archive, code = pack()
+    run = Run(configs.to_json(config), found.python, found.setup, found.environment, archive, code)
     if verb == "write":
         target.write(run, Path(out or found.name))
         return

@@ -91,6 +91,8 @@ def target(name: str, gke: Gke, commands: Commands) -> "JobSet":
 class JobSet(Target):
     """A JobSet, and a ConfigMap with the config that all its processes read."""
 
+    takes_code = False
+
     def __init__(self, name: str, commands: Commands, gke: Gke):
         super().__init__(name, commands)
         self.gke = gke

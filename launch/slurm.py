@@ -11,7 +11,7 @@ from launch.hosts import THIS, Host, Hosts
 from launch.ssh import Ssh
 from launch.ssh import command as ssh_command
 from launch.target import Run, Target, ended, owner, raise_ended, shell_path, write_files
-from launch.tree import pack, unpack
+from launch.tree import unpack
 from lm.errors import Stopped
 
 
@@ -79,19 +79,18 @@ class SlurmJob(Target):
         nothing = f"nothing was submitted; what was copied goes with `{self.verb('delete')}`"
         with self.commands.stage("looking at the cluster", "nothing was changed"):
             self._do("command -v sbatch squeue scontrol scancel flock tar gzip > /dev/null", "no SLURM there")
-        archive, code = pack()
-        digest = run.digest(code, self.script(run, code))
+        digest = run.digest(self.script(run))
         with self.commands.stage("looking for another launch of this name", nothing):
             said = self._do(self._claim(digest), f"{self.name} was not submitted")
             if "same" in said:
                 self.commands.say(f"{self.name} is job {said.split()[-1]} already: {self.verb('status')}")
                 return
-        with self.commands.stage(f"copying the code ({len(archive) / 2**20:.1f} MiB)", nothing):
+        with self.commands.stage(f"copying the code ({len(run.archive) / 2**20:.1f} MiB)", nothing):
             self._do(f"cd {self.base} && cat > config.json", "the config could not be copied", run.config.encode())
-            self._do(unpack(self.base, code), "the code could not be copied", archive)
+            self._do(unpack(self.base, run.code), "the code could not be copied", run.archive)
         perhaps = f"it may have been submitted: `{self.verb('status')}` tells, `{self.verb('stop')}` ends it"
         with self.commands.stage("submitting", perhaps):
-            said = self._do(self._submit(run, code, digest), f"{self.name} was not submitted")
+            said = self._do(self._submit(run, digest), f"{self.name} was not submitted")
         self.commands.say(f"{self.name} is job {said.strip()}: {self.verb('status')}, {self.verb('logs --follow')}")
 
     def status(self) -> None:
@@ -168,13 +167,12 @@ cd .. && rmdir {self.base} 2> /dev/null || ls {self.base}"""
             self.commands.say(f"what the run has written stays: {' '.join(left.split())}")
 
     def write(self, run: Run, folder: Path) -> None:
-        _, code = pack()
         self.commands.say(
-            f"to be submitted in the folder that has config.json and the code in code-{code}: sbatch job.sh"
+            f"to be submitted in the folder that has config.json and the code in code-{run.code}: sbatch job.sh"
         )
-        write_files({"config.json": run.config, "job.sh": self.script(run, code)}, folder, self.commands)
+        write_files({"config.json": run.config, "job.sh": self.script(run)}, folder, self.commands)
 
-    def script(self, run: Run, code: str) -> str:
+    def script(self, run: Run) -> str:
         """What sbatch is given; it starts in the launch's folder."""
         s = self.slurm
         count = s.nodes * s.processes_per_node
@@ -207,7 +205,7 @@ cd .. && rmdir {self.base} 2> /dev/null || ls {self.base}"""
             *(f"#SBATCH --{option}" for option in options),
             'echo "--- job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, $(date)"',
             "rm -f exit",
-            *run.prelude({}, f'"$PWD/code-{code}"'),
+            *run.prelude({}, f'"$PWD/code-{run.code}"'),
             'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             'export JAX_COORDINATOR_ADDRESS="$first:$((20000 + SLURM_JOB_ID % 10000))"',
             f"export JAX_NUM_PROCESSES={count}",
@@ -237,7 +235,7 @@ queued || exit 0
     echo "job $job has this name, with another config or other code; first {self.verb("stop")}" >&2; exit 1; }}
 echo same "$job\""""
 
-    def _submit(self, run: Run, code: str, digest: str) -> str:
+    def _submit(self, run: Run, digest: str) -> str:
         return f"""\
 {_QUEUED}
 cd {self.base} || exit 1
@@ -245,7 +243,7 @@ exec 9> lock && flock 9
 job=$(cat job 2> /dev/null)
 queued && {{ echo "job $job was submitted in the meantime" >&2; exit 1; }}
 rm -f stop exit
-printf %s {shlex.quote(self.script(run, code))} > job.sh || exit 1
+printf %s {shlex.quote(self.script(run))} > job.sh || exit 1
 job=$(sbatch --parsable job.sh) || exit 1
 echo "${{job%%;*}}" > job && echo {digest} > digest && cat job"""
 

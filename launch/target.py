@@ -24,6 +24,10 @@ class Run:
     python: str
     setup: tuple[str, ...]
     environment: tuple[str, ...]
+    archive: bytes = b""
+    """The code, packed once: machines that are got again days later run the same."""
+    code: str = ""
+    """Its digest."""
 
     def command(self, config: str, *, supervise: bool) -> str:
         """A line of shell that trains the config in a file, which is named as in shell."""
@@ -40,8 +44,8 @@ class Run:
         ]
 
     def digest(self, *more: str) -> str:
-        """A short name of all that decides what is run, the code's digest given."""
-        parts = (self.config, self.python, *self.setup, *self.environment, *more)
+        """A short name of all that decides what is run, with what the target adds."""
+        parts = (self.config, self.code, self.python, *self.setup, *self.environment, *more)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
@@ -50,6 +54,9 @@ class Target(abc.ABC):
 
     All raise LaunchError for what the machines did not do, and ConfigError for what cannot be asked.
     """
+
+    takes_code = True
+    """Whether the code of this working tree goes along."""
 
     def __init__(self, name: str, commands: Commands):
         self.name = name

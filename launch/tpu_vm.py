@@ -324,6 +324,8 @@ class TpuVms(Target):
         """Whatever ends what is done on the machines: that they are there is said."""
         try:
             yield
+        except KeyboardInterrupt:  # between two stages
+            raise Interrupted(f"interrupted\n{self._costs()}") from None
         except LmError as error:
             kind = type(error) if isinstance(error, Interrupted | LaunchError | ConfigError) else LaunchError
             raise kind(f"{error}\n{self._costs()}") from None
@@ -337,11 +339,11 @@ class Workers(Background):
         super().__init__(name, quiet, hosts, spec.folder, lambda i: {})
         self.spec = spec
 
-    def _sync(self, archive: bytes, code: str) -> None:
-        super()._sync(archive, code)
+    def _sync(self, run: Run) -> None:
+        super()._sync(run)
         if not self.spec.install:
             return
         nothing = f"nothing was started; `{self.verb('up')}` goes on"
         with self.commands.stage("installing what lm needs", nothing):
-            script = "\n".join([f"cd {self.base}/code-{code} || exit 1", "set -eo pipefail", *self.spec.install])
+            script = "\n".join([f"cd {self.base}/code-{run.code} || exit 1", "set -eo pipefail", *self.spec.install])
             self.hosts.each(script, "what lm needs could not be installed (tpu_vm.install)", seconds=INSTALL_SECONDS)

@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from launch.commands import Commands, Interrupted
+from launch.tpu_vm import TpuVm, target
+
 from .conftest import environment, losses, undisturbed
 
 MACHINES = """
@@ -29,8 +32,26 @@ config = Machines(
     environment=("JAX_DISABLE_MOST_OPTIMIZATIONS=true", "LM_HEARTBEAT_SECONDS=4"),
 )
 """
-# As `python -m lm`, but the cloud is not asked every 20 s.
-SOON = "import sys, launch.tpu_vm as t; t.POLL_SECONDS = 0.1; from lm.cli import main; sys.exit(main())"
+# As `python -m lm`, but the cloud is not asked every 20 s; and the code may change once it was packed.
+SOON = """
+import os, sys
+import launch.tree as tree
+
+tree.LARGEST_BYTES = int(os.environ.get("LARGEST_BYTES", tree.LARGEST_BYTES))
+pack, packed = tree.pack, []
+
+def once(*where):
+    assert not packed, "packed a second time"
+    packed.append(where)
+    return pack(*where)
+
+tree.pack = once
+import launch.tpu_vm as t
+
+t.POLL_SECONDS = 0.1
+from lm.cli import main
+sys.exit(main())
+"""
 STAND_IN = Path(__file__).parent / "stand_in"
 V5E = {"type": "v5litepod-1", "topology": "1x1"}
 V5P = {"type": "v5p-16", "topology": "2x2x2"}
@@ -302,6 +323,20 @@ def test_what_cannot_be_asked(cloud: Cloud, more: tuple[str, ...], said: str) ->
     assert cloud.calls == []
 
 
+def test_a_tree_that_is_too_large_is_refused_before_anything_costs(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LARGEST_BYTES", "1000")
+    assert "MiB to send" in cloud.up(code=2)
+    assert cloud.calls == []
+
+
+def test_ctrl_c_between_two_stages_tells_what_costs() -> None:
+    machines = target("tiny", TpuVm(zone="us-east5-a", topology="v5e:1x1"), Commands())
+    with pytest.raises(Interrupted, match="what is there costs money, until `lm launch delete"), machines._paid():
+        raise KeyboardInterrupt
+
+
 def test_nobody_says_yes(cloud: Cloud) -> None:
     said = cloud.launch("up", cloud.machines, "config.py", code=2)
     assert "Create them? Nobody is there to answer: say --yes" in said
@@ -476,8 +511,12 @@ def test_ctrl_c_while_following(cloud: Cloud, folder: Path) -> None:
     [
         ("compute tpus tpu-vm create a --zone=us-east5-a", "--version: must be specified"),
         ("compute tpus tpu-vm create a --zone=us-east5-a --version=v --spott", "unrecognized arguments: --spott"),
-        ("compute tpus tpu-vm create a --version=v --type=v5p --topology=2x2x2", "--zone: must be specified"),
-        ("compute tpus tpu-vm create a --zone=us-east5-a --version=v --type=v5p", "exactly one of"),
+        ("compute tpus tpu-vm create a --version=v --type=v4 --topology=2x2x2", "--zone: must be specified"),
+        ("compute tpus tpu-vm create a --zone=us-east5-a --version=v --type=v4", "exactly one of"),
+        (
+            "compute tpus tpu-vm create a --zone=us-east5-a --version=v --type=v5p --topology=2x2x2",
+            "Invalid choice: 'v5p'",
+        ),
         ("compute tpus tpu-vm ssh a --zone=us-east5-a --worker=x --command true", "Bad value [x]"),
         ("compute tpus tpu-vm start a --zone=us-east5-a", "Invalid choice"),
         ("compute tpus queued-resources delete --zone=us-east5-a --force", "must be specified"),
