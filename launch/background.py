@@ -169,7 +169,7 @@ cd {self.base} 2> /dev/null || exit 0
 [ ! -e owner ] || [ "$(cat owner)" = {shlex.quote(owner())} ] || {{ cat owner; exit {_OTHERS}; }}
 [ ! -d {i} ] || flock -s -n {i}/lock true || exit {_RUNNING}
 rm -rf {i} new-{i}.*
-ls -d [0-9]* > /dev/null 2>&1 || rm -rf code-* owner
+ls -d [0-9]* > /dev/null 2>&1 || rm -rf code-* owner versions.txt
 cd .. && rmdir {self.base} 2> /dev/null || ls {self.base} 2> /dev/null || true"""
                 ),
                 "not removed",

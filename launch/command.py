@@ -23,6 +23,7 @@ def launch(
     load: Callable[[list[str]], Config] | None = None,
     follow: bool = False,
     out: str | None = None,
+    allow: Sequence[str] = (),
     dry_run: bool = False,
     yes: bool = False,
 ) -> None:
@@ -34,6 +35,7 @@ def launch(
       load: gives the config with its overrides; for verbs that start something.
       follow: with `logs`, and after `up`: shows the log until the run ends.
       out: the folder for `write`.
+      allow: what may be other than when the run began, as for `lm train`.
     """
     ours, rest = split(overrides)
     found = configs.load(machines, Machines, ours if load else [*ours, *rest])
@@ -53,7 +55,7 @@ def launch(
     if target.takes_code:
         with commands.stage("packing the code of this working tree", "nothing was changed anywhere"):
             archive, code = pack()
-    run = Run(configs.to_json(config), found.python, found.setup, found.environment, archive, code)
+    run = Run(configs.to_json(config), found.python, found.setup, found.environment, archive, code, tuple(allow))
     if verb == "write":
         target.write(run, Path(out or found.name))
         return

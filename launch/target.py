@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import getpass
 import hashlib
+import json
 import re
 import shlex
 import socket
@@ -28,10 +29,18 @@ class Run:
     """The code, packed once: machines that are got again days later run the same."""
     code: str = ""
     """Its digest."""
+    allow: tuple[str, ...] = ()
+    """What may be other than when the run began, as for `lm train`."""
+
+    @property
+    def dir(self) -> str:
+        """The run's own folder, or bucket."""
+        return str(json.loads(self.config)["run"]["dir"])
 
     def command(self, config: str, *, supervise: bool) -> str:
         """A line of shell that trains the config in a file, which is named as in shell."""
-        return f"{self.python} -m lm train {config}{' --supervise' if supervise else ''}"
+        options = [*(["--supervise"] if supervise else []), *(f"--allow={one}" for one in self.allow)]
+        return " ".join([f"{self.python} -m lm train {config}", *options])
 
     def prelude(self, variables: Mapping[str, str], path: str) -> list[str]:
         """Lines of bash that come first: setup, and the environment. `path` is the folder of the code, as shell."""

@@ -2,31 +2,29 @@
 
 import contextlib
 import dataclasses
-import json
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from launch.background import Background
+from launch import keep
 from launch.commands import Commands, Interrupted
 from launch.fits import training_hours
 from launch.hosts import Host, Hosts, raise_failed
 from launch.target import Run, Target, ended, raise_ended, write_files
-from launch.tpu_slices import Found, Quiet, Slices
+from launch.tpu_slices import Found, Slices
+from launch.tpu_workers import ACTIVATE, Workers, kept_versions
 from lm.errors import ConfigError, LaunchError, LmError
 
 POLL_SECONDS = 20.0
-INSTALL_SECONDS = 1800.0
 INSTALL = (
     'export PATH="$HOME/.local/bin:$PATH"',
     "command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh",
-    "[ -x ~/lm-python/bin/python ] || uv venv --quiet --python 3.12 ~/lm-python",
+    '[ -x ~/lm-python/bin/python ] || uv venv --quiet --python "${LM_PYTHON:-3.12}" ~/lm-python',
     "uv pip install --quiet --python ~/lm-python/bin/python -r pyproject.toml --extra gcs --extra huggingface "
     "'jax[tpu]'",
 )
-_ACTIVATE = "[ ! -e ~/lm-python/bin/activate ] || . ~/lm-python/bin/activate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +49,9 @@ class TpuVm:
     labels: tuple[str, ...] = ()
     """KEY=VALUE, beside those that say whose launch it is."""
     install: tuple[str, ...] = INSTALL
-    """Lines of bash, on each host in the folder of the code before each start. If they make ~/lm-python, it is used."""
+    """Lines of bash, on each host in the folder of the code before each start. If they make ~/lm-python, it is used.
+    When a run goes on, uv and pip find the versions with which it began in their variables *_CONSTRAINT, and LM_PYTHON
+    is that of Python."""
     when_done: Literal["delete", "keep"] = "delete"
     """What `up --follow` does with the machines after the run."""
     preemptions: int = 100
@@ -105,7 +105,9 @@ class TpuVms(Target):
         self._run: Run | None = None
 
     def up(self, run: Run) -> None:
-        self._run = dataclasses.replace(run, setup=(_ACTIVATE, *run.setup))
+        if "versions" in run.allow and not self.commands.dry_run:
+            keep.forget(kept_versions(self.name, run))
+        self._run = dataclasses.replace(run, setup=(ACTIVATE, *run.setup))
         self._bring(self._run, ask=True)
 
     def status(self) -> None:
@@ -144,7 +146,7 @@ class TpuVms(Target):
 
     def write(self, run: Run, folder: Path) -> None:
         workers = self._workers(self.slices.planned())
-        workers.write(dataclasses.replace(run, setup=(_ACTIVATE, *run.setup)), folder)
+        workers.write(dataclasses.replace(run, setup=(ACTIVATE, *run.setup)), folder)
         lines = ["gcloud", *self.slices.creation()]
         write_files({"create.sh": " \\\n    ".join(lines) + "\n"}, folder, self.commands)
 
@@ -172,10 +174,9 @@ class TpuVms(Target):
     def _create(self, run: Run, found: Found, *, ask: bool) -> None:
         with self.commands.stage(f"looking whether there is {self.spec.topology}", "nothing was created"):
             self.slices.check_offered()
-        folder = json.loads(run.config)["run"]["dir"]
-        if "://" not in folder:
+        if "://" not in run.dir:
             self.commands.say(
-                f"run.dir is {folder}, no bucket: unless storage of your own is mounted there, checkpoints are lost "
+                f"run.dir is {run.dir}, no bucket: unless storage of your own is mounted there, checkpoints are lost "
                 "with the machines"
             )
         self.commands.say(self.slices.cost(training_hours(run.config, self.spec.topology, self.spec.slices)))
@@ -226,7 +227,7 @@ class TpuVms(Target):
 
     # After `up --follow`
 
-    def _watch(self, run: Run, workers: "Workers") -> None:
+    def _watch(self, run: Run, workers: Workers) -> None:
         left = self.spec.preemptions
         try:
             while True:
@@ -263,7 +264,7 @@ class TpuVms(Target):
             self.commands.say(self._costs())
         raise_ended(self.name, ends)
 
-    def _again(self, run: Run) -> "Workers":
+    def _again(self, run: Run) -> Workers:
         """Until there is capacity for them."""
         while True:
             try:
@@ -286,7 +287,7 @@ class TpuVms(Target):
 
     # Parts
 
-    def _workers(self, found: Found) -> "Workers":
+    def _workers(self, found: Found) -> Workers:
         many = len(found.nodes) > 1
         hosts = [
             Host(f"{node}/{worker}" if many else str(worker), self.slices.ssh(node, worker))
@@ -329,21 +330,3 @@ class TpuVms(Target):
         except LmError as error:
             kind = type(error) if isinstance(error, Interrupted | LaunchError | ConfigError) else LaunchError
             raise kind(f"{error}\n{self._costs()}") from None
-
-
-class Workers(Background):
-    """The hosts of the slices. JAX, and lm with it, finds out there which process each of them is."""
-
-    def __init__(self, name: str, commands: Commands, hosts: list[Host], spec: TpuVm):
-        quiet = Quiet(dry_run=commands.dry_run, yes=commands.yes, say=commands.say)
-        super().__init__(name, quiet, hosts, spec.folder, lambda i: {})
-        self.spec = spec
-
-    def _sync(self, run: Run) -> None:
-        super()._sync(run)
-        if not self.spec.install:
-            return
-        nothing = f"nothing was started; `{self.verb('up')}` goes on"
-        with self.commands.stage("installing what lm needs", nothing):
-            script = "\n".join([f"cd {self.base}/code-{run.code} || exit 1", "set -eo pipefail", *self.spec.install])
-            self.hosts.each(script, "what lm needs could not be installed (tpu_vm.install)", seconds=INSTALL_SECONDS)

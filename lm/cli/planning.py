@@ -40,6 +40,9 @@ def add_verbs(verbs: Any) -> None:
         verb.add_argument("machines", metavar="MACHINES", help="a .py file with the target; see launch/README.md")
         if name in ("up", "write"):
             verb.add_argument("config", metavar="CONFIG")
+            verb.add_argument(
+                "--allow", action="append", default=[], choices=("code", "versions"), help="as for `lm train`"
+            )
         if name in ("up", "logs"):
             verb.add_argument("--follow", action="store_true", help="show the log until the run ends")
         if name == "write":
@@ -91,7 +94,7 @@ def _launch(options: argparse.Namespace) -> None:
     def load(overrides: list[str]) -> "Config":
         return load_config(argparse.Namespace(config=options.config, overrides=overrides))
 
-    given = {name: getattr(options, name) for name in ("follow", "yes", "out") if hasattr(options, name)}
+    given = {name: getattr(options, name) for name in ("follow", "yes", "out", "allow") if hasattr(options, name)}
     launch(
         options.launch,
         options.machines,

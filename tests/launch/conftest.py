@@ -60,7 +60,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 def environment(home: Path) -> dict[str, str]:
     """Without this machine's own settings of processes, and with a home that is the test's."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES",)}
+    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XDG_CONFIG_HOME")}
     return kept | {"HOME": str(home), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 

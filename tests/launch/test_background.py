@@ -118,7 +118,9 @@ def test_a_dry_run_does_nothing(launch: Launch, machines: Path, folder: Path) ->
 
 
 def test_written_for_others(launch: Launch, machines: Path, folder: Path) -> None:
-    launch("write", machines, "config.py", "--out", "out")
+    launch("write", machines, "config.py", "--out", "out", "--allow=code", "--allow", "versions")
+    program = (folder / "out" / "1" / "run.sh").read_text()
+    assert "config.json --supervise --allow=code --allow=versions" in program
     assert "export JAX_PROCESS_ID=1\n" in (folder / "out" / "1" / "run.sh").read_text()
     assert '"steps": 12' in (folder / "out" / "config.json").read_text()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import runpy
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -433,6 +435,7 @@ def test_the_usual_installation(cloud: Cloud, folder: Path) -> None:
     uv = cloud.here / "vm_bin" / "uv"
     uv.write_text(f"""#!/bin/bash
 echo "$@" >> ~/asked
+[ ! "$UV_CONSTRAINT" ] || grep ^jax== "$UV_CONSTRAINT" >> ~/asked
 [ "$1" = venv ] || {{ test -f pyproject.toml; exit; }}
 mkdir -p ~/lm-python/bin
 ln -s {sys.executable} ~/lm-python/bin/python
@@ -446,8 +449,19 @@ echo 'export PATH={Path(sys.executable).parent}:$PATH' > ~/lm-python/bin/activat
     asked = (cloud.here / "disks" / "tiny" / "0" / "asked").read_text()
     assert "venv --quiet --python 3.12" in asked
     assert "-r pyproject.toml --extra gcs --extra huggingface jax[tpu]" in asked
+    assert "jax==" not in asked
+    cloud.launch("delete", cloud.machines, "--yes")
+    said = cloud.up("--train.steps=13", "--tpu_vm.when_done=keep")
+    assert "installing what lm needs, in the versions with which this run began" in said
+    asked = (cloud.here / "disks" / "tiny" / "0" / "asked").read_text()
+    assert f"venv --quiet --python {platform.python_version()} " in asked
+    assert f"\njax=={version('jax')}\n" in asked
+    cloud.launch("stop", cloud.machines)
+
     uv.write_text("#!/bin/bash\necho no such package >&2\nexit 2\n")
-    said = cloud.up("--train.steps=13", code=8)
+    said = cloud.up("--train.steps=14", code=8)
+    assert "--allow versions takes the newest:\n    0: no such package" in said
+    said = cloud.up("--train.steps=14", "--allow=versions", code=8)
     assert "what lm needs could not be installed (tpu_vm.install):\n    0: no such package" in said
 
 
