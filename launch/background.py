@@ -4,24 +4,39 @@ On each host there is one folder for the launch. In it: the code, by its digest;
 config, program, log, exit code, and a lock that is held for as long as anything of it runs. Hosts may share the folder.
 """
 
-import contextlib
 import shlex
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from launch.commands import Commands
 from launch.hosts import Host, Hosts, raise_failed
 from launch.local import copy_lines
-from launch.target import Run, Target, ended, owner, raise_ended, shell_path, write_files
+from launch.owner import shell
+from launch.patience import Patience
+from launch.target import (
+    NONE,
+    RUNNING,
+    STOPPED,
+    UNKNOWN,
+    Run,
+    Target,
+    ended,
+    of_others,
+    raise_ended,
+    shell_path,
+    write_files,
+)
 from launch.tree import unpack
-from lm.errors import LaunchError
+from lm.errors import LaunchError, Stopped
 
 SYNC_SECONDS = 1800.0
+SETUP_SECONDS = 300.0
 STOP_SECONDS = 900.0
-_OTHERS, _RUNNING = 20, 21
+_OTHERS, _RUNNING, _NOTHING = 20, 21, 22
 _PACKAGES = ("jax", "flax", "optax", "orbax.checkpoint", "grain", "sentencepiece")
 
 
@@ -45,7 +60,8 @@ class Background(Target):
     ):
         super().__init__(name, commands)
         self.hosts = Hosts(hosts, commands)
-        self.base = shell_path(f"{folder.rstrip('/')}/{name}")
+        self.folder = f"{folder.rstrip('/')}/{name}"
+        self.base = shell_path(self.folder)
         self.variables = variables
         self.workdir = shell_path(workdir) if workdir else self.base
 
@@ -53,7 +69,7 @@ class Background(Target):
         nothing = f"nothing was started; what was copied goes with `{self.verb('delete')}`"
         with self.commands.stage(f"looking at {len(self.hosts.hosts)} host(s)", "nothing was changed anywhere"):
             self.reach()
-        digest = run.digest()
+        digest = self._digest(run)
         with self.commands.stage("looking for another launch of this name", nothing):
             running = self._claim(digest)
             if all(running):
@@ -79,49 +95,71 @@ done"""
 
     def status(self) -> None:
         done = self.hosts.try_each(
-            lambda i: f"cd {self.base} 2>/dev/null || exit 22\n{_state(i)}\ntail -n 1 {i}/log.txt"
+            lambda i: f"cd {self.base} 2>/dev/null || exit {_NOTHING}\n{_state(i)}\ntail -n 1 {i}/log.txt"
         )
-        failed = self.hosts.failed(done, {22: f"no launch {self.name} there"})
+        failed = self.hosts.failed(done, {_NOTHING: f"no launch {self.name} there"})
         for host, one in zip(self.hosts.hosts, done, strict=True):
             if self.commands.dry_run:
                 continue
             state, _, last = one.out.strip().partition("\n")
-            word = "running" if state == "running" else "not started" if not state else ended(state)
+            word = RUNNING if state == RUNNING else "not started" if not state else ended(state)
             self.commands.say(f"{host.name}: {failed.get(host.name, word)}{'  | ' + last if last else ''}")
-        if any(one.code not in (0, 22) for one in done):
+        if any(one.code not in (0, _NOTHING) for one in done):
             raise LaunchError(f"what {self.name} does on hosts that did not answer cannot be known")
 
     def ends(self) -> list[str]:
-        """The exit code of each process, or `none` where there is none; empty: it runs, or cannot be asked."""
-        done = self.hosts.try_each(lambda i: f"cd {self.base} || exit 22\n{_state(i)}")
-        return ["" if one.code or "running" in one.out else one.out.strip() for one in done]
+        """Of each process its exit code, STOPPED for that of one that `stop` has asked, NONE where it has
+        ended without one, RUNNING, or UNKNOWN: no answer."""
+        done = self.hosts.try_each(lambda i: f"cd {self.base} || exit {_NOTHING}\n{_state(i)}")
+        return [NONE if one.code == _NOTHING else UNKNOWN if one.code else one.out.strip() or NONE for one in done]
 
     def logs(self, *, follow: bool) -> None:
+        ends: list[str] = []
         try:
             self.show_logs(follow=follow)
+            if follow and not self.commands.dry_run:
+                ends = self._until_ended()
         except KeyboardInterrupt:
             self.commands.say(f"the run goes on; {self.verb('stop')} ends it")
             return
-        if follow and not self.commands.dry_run:
-            raise_ended(self.name, self.ends())
+        raise_ended(self.name, ends)
+
+    def _until_ended(self) -> list[str]:
+        """How it ended; a connection that is lost is no end. Raises LaunchError when hosts do not answer any more."""
+        patience = Patience(self.commands.say)
+        while True:
+            ends = self.ends()
+            if RUNNING not in ends and UNKNOWN not in ends:
+                return ends
+            if RUNNING in ends:
+                patience.begin()
+                time.sleep(1)
+            elif not patience.wait(LaunchError(f"how {self.name} goes cannot be known, as hosts do not answer")):
+                raise LaunchError(f"how {self.name} ended is not known, as hosts do not answer: {self.verb('status')}")
+            self.show_logs(follow=True, again=True)
 
     def show_logs(
-        self, *, follow: bool, until: Callable[[], bool] = lambda: False, seconds: float | None = None
+        self,
+        *,
+        follow: bool,
+        again: bool = False,
+        until: Callable[[], bool] = lambda: False,
+        seconds: float | None = None,
     ) -> None:
-        """As `logs`, but Ctrl-C is raised; and it ends when `until`, called so many seconds apart, is true."""
+        """As `logs`, but Ctrl-C is raised, and it may end before the run does: when `until`, called so many seconds
+        apart, is true, or when a connection is lost. Most was shown already if it is shown `again`."""
+        lines = 5 if again else 100
 
         def script(i: int) -> str:
             if not follow:
                 return f"cd {self.base} && tail -n 100 {i}/log.txt"
-            return f"cd {self.base} && exec tail -n 100 -F --pid=$(cat {i}/pid) {i}/log.txt 2>/dev/null"
+            return f"cd {self.base} && exec tail -n {lines} -F --pid=$(cat {i}/pid) {i}/log.txt 2>/dev/null"
 
         if self.commands.dry_run:
             self.hosts.try_each(script)
             return
         children = [
-            subprocess.Popen(
-                host.command(script(i)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
+            self.commands.start(host.command(script(i)), stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
             for i, host in enumerate(self.hosts.hosts)
         ]
         mutex = threading.Lock()
@@ -138,42 +176,43 @@ done"""
                     break
         finally:
             for child in children:
-                with contextlib.suppress(ProcessLookupError):
-                    child.terminate()
-                child.wait()
+                self.commands.end(child)
 
     def stop(self) -> None:
         waits = f"it was asked to stop and may still be saving: `{self.verb('status')}` tells"
         with self.commands.stage("stopping, which saves first", waits):
             done = self.hosts.try_each(
                 lambda i: (
-                    f"cd {self.base} || exit 22\n"
+                    f"{self._whose}cd {self.base} || exit {_NOTHING}\n"
+                    f"mine || exit {_OTHERS}\n"
                     f"flock -s -n {i}/lock true && exit 0\n"
+                    f"touch {i}/stop\n"
                     f"kill -TERM $(cat {i}/pid) && flock -w {STOP_SECONDS:.0f} {i}/lock true"
                 ),
                 seconds=STOP_SECONDS + 60,
             )
-            failed = self.hosts.failed(done, {22: f"no launch {self.name} there"})
+            failed = self.hosts.failed(done, {_NOTHING: f"no launch {self.name} there", _OTHERS: of_others("{said}")})
             raise_failed(f"{self.name} may still be running on these hosts", failed)
         self.status()
 
     def delete(self) -> None:
         hosts = ", ".join(host.name for host in self.hosts.hosts)
-        self.commands.ask(f"Remove code and logs of {self.name} on {hosts}?")
+        self.commands.ask(f"Remove code and logs of {self.name}, in the folder {self.folder}, on {hosts}?")
         partly = f"some hosts may still have files of it: `{self.verb('delete')}` removes the rest"
         with self.commands.stage(f"removing {self.name}", partly):
             said = self.hosts.each(
                 lambda i: (
                     f"""\
+{self._whose}
 cd {self.base} 2> /dev/null || exit 0
-[ ! -e owner ] || [ "$(cat owner)" = {shlex.quote(owner())} ] || {{ cat owner; exit {_OTHERS}; }}
+mine || exit {_OTHERS}
 [ ! -d {i} ] || flock -s -n {i}/lock true || exit {_RUNNING}
 rm -rf {i} new-{i}.*
 ls -d [0-9]* > /dev/null 2>&1 || rm -rf code-* owner versions.txt
 cd .. && rmdir {self.base} 2> /dev/null || ls {self.base} 2> /dev/null || true"""
                 ),
                 "not removed",
-                codes={_RUNNING: f"still runs there; {self.verb('stop')}", _OTHERS: "is a launch of {said}"},
+                codes={_RUNNING: f"still runs there; {self.verb('stop')}", _OTHERS: of_others("{said}")},
             )
         for host, left in zip(self.hosts.hosts, said, strict=True):
             if left.strip():
@@ -181,7 +220,7 @@ cd .. && rmdir {self.base} 2> /dev/null || ls {self.base} 2> /dev/null || true""
 
     def write(self, run: Run, folder: Path) -> None:
         count = len(self.hosts.hosts)
-        files = {f"{i}/run.sh": self._program(i, run, run.digest()) for i in range(count)}
+        files = {f"{i}/run.sh": self._program(i, run, self._digest(run)) for i in range(count)}
         write_files({"config.json": run.config, **files}, folder, self.commands)
 
     # Stages of `up`
@@ -194,21 +233,21 @@ cd .. && rmdir {self.base} 2> /dev/null || ls {self.base} 2> /dev/null || true""
 
         def script(i: int) -> str:
             return f"""\
+{self._whose}
 mkdir -p {self.base}/{i} && cd {self.base} || exit 1
-echo {shlex.quote(owner())} > {i}/new-owner || exit 1
-ln {i}/new-owner owner 2> /dev/null  # at once and whole, and never for the second
-rm {i}/new-owner
-[ "$(cat owner)" = {shlex.quote(owner())} ] || {{ cat owner; exit {_OTHERS}; }}
-flock -s -n {i}/lock true && exit 0
-[ "$(cat {i}/digest)" = {digest} ] || exit {_RUNNING}
-echo running"""
+claim || exit {_OTHERS}
+for other in [0-9]*; do  # of other machines files, with fewer processes or in another order, some may run here
+    flock -s -n "$other"/lock true || [ "$(cat "$other"/digest)" = {digest} ] || exit {_RUNNING}
+done
+flock -s -n {i}/lock true || echo running"""
 
         said = self.hosts.each(
             script,
             f"{self.name} was not started",
             codes={
-                _OTHERS: "a launch of this name is there, of {said}: take another name, or have it deleted",
-                _RUNNING: f"it is running there with another config or other code; first {self.verb('stop')}",
+                _OTHERS: of_others("{said}"),
+                _RUNNING: "it is running there with another config, other code or other machines; first "
+                + self.verb("stop"),
             },
         )
         return ["running" in one for one in said]
@@ -234,22 +273,35 @@ echo running"""
             "sys.exit('not installed there: ' + ', '.join(no) if no else 0)"
         )
         script = "\n".join([*run.prelude({}, "."), f"{run.python} -c {shlex.quote(check)}"])
-        self.hosts.each(script, "nothing was started, as Python there cannot run it (see python and setup)")
+        what = "nothing was started, as Python there cannot run it (see python and setup)"
+        self.hosts.each(script, what, seconds=SETUP_SECONDS)
+
+    def _digest(self, run: Run) -> str:
+        """Of all processes: one of other hosts, or of another number of them, is another run."""
+        hosts = ((host.name, *sorted(self.variables(i).items())) for i, host in enumerate(self.hosts.hosts))
+        return run.digest(self.workdir, *map(str, hosts))
+
+    @property
+    def _whose(self) -> str:
+        return shell(self.owner, take_over=self.commands.take_over)
 
     def _program(self, i: int, run: Run, digest: str) -> str:
         own = f"{self.base}/{i}"
+        train = run.command('"$own"/config.json', supervise=True)
         return "\n".join(
             [
                 f"exec >> {own}/log.txt 2>&1 < /dev/null",
                 f"own={own} code={self.base}/code-{run.code}",
                 'rm -f "$own"/exit',
                 f'echo {digest} > "$own"/digest',
-                """trap 'echo $? > "$own"/exit' EXIT""",
+                "(",
+                "trap 'exit 75' TERM  # asked to stop while it sets up; after that the run does it",
+                'echo $BASHPID > "$own"/pid',
                 f"mkdir -p {self.workdir} && cd {self.workdir} || exit 1",
                 *run.prelude(self.variables(i), '"$code"'),
-                run.command('"$own"/config.json', supervise=True) + " &",
-                'echo $! > "$own"/pid',
-                "wait $!",
+                f"exec {train}",
+                ")",
+                'echo $? > "$own"/exit',
                 "",
             ]
         )
@@ -261,11 +313,11 @@ echo running"""
             return f"""\
 cd {self.base} && exec 8> {i}/start && flock 8 || exit 1
 flock -s -n {i}/lock true || {{ [ "$(cat {i}/digest)" = {digest} ]; exit; }}  # another `up` was faster
-rm -f {i}/pid
+rm -f {i}/pid {i}/stop
 cat > {i}/config.json || exit 1
 printf %s {shlex.quote(self._program(i, run, digest))} > {i}/run.sh || exit 1
 setsid flock -w 10 -E {_RUNNING} {i}/lock bash {i}/run.sh > /dev/null 2>&1 < /dev/null 8>&- &
-for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do [ -s {i}/pid ] && exit 0; sleep 0.5; done
+for _ in {{1..40}}; do [ -s {i}/pid ] && exit 0; sleep 0.5; done  # written under the lock, before anything else
 tail -n 1 {i}/log.txt; exit 1"""
 
         ended = self.hosts.try_each(script, given=run.config.encode())
@@ -281,6 +333,7 @@ def _state(i: int) -> str:
     """Shell that prints `running`, or the exit code, or that there is none."""
     return (
         f"[ -e {i}/digest ] || exit 0\n"
-        f"if ! flock -s -n {i}/lock true; then echo running\n"
-        f"elif [ -s {i}/exit ]; then cat {i}/exit; else echo none; fi"
+        f"if ! flock -s -n {i}/lock true; then echo {RUNNING}\n"
+        f"elif [ -e {i}/stop ] && grep -qx {Stopped.exit_code} {i}/exit; then echo {STOPPED}\n"
+        f"elif [ -s {i}/exit ]; then cat {i}/exit; else echo {NONE}; fi"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch.commands import Commands
 from launch.config import SECTIONS, Machines
-from launch.fits import check_fits
+from launch.fits import check_fits, check_mesh
 from launch.target import Run, Target
 from launch.tree import pack
 from lm import config as configs
@@ -26,6 +26,7 @@ def launch(
     allow: Sequence[str] = (),
     dry_run: bool = False,
     yes: bool = False,
+    take_over: bool = False,
 ) -> None:
     """Does one verb.
 
@@ -35,13 +36,15 @@ def launch(
       load: gives the config with its overrides; for verbs that start something.
       follow: with `logs`, and after `up`: shows the log until the run ends.
       out: the folder for `write`.
+      take_over: a launch of somebody else is taken for one's own.
       allow: what may be other than when the run began, as for `lm train`.
     """
     ours, rest = split(overrides)
     found = configs.load(machines, Machines, ours if load else [*ours, *rest])
-    commands = Commands(dry_run=dry_run, yes=yes)
+    commands = Commands(dry_run=dry_run, yes=yes, take_over=take_over)
     target = target_of(found, commands)
-    target.again = " ".join(["lm launch {verb}", shlex.quote(machines), *map(shlex.quote, ours)])
+    more = ["--take-over"] if take_over else []
+    target.again = " ".join(["lm launch {verb}", shlex.quote(machines), *map(shlex.quote, ours), *more])
     if load is None:
         {"status": target.status, "stop": target.stop, "delete": target.delete}.get(
             verb, lambda: target.logs(follow=follow)
@@ -51,6 +54,8 @@ def launch(
     _, section = found.target
     if topology := getattr(section, "topology", ""):
         commands.say(check_fits(config, topology, section.slices))
+    elif gpus := getattr(section, "gpus", 0):
+        commands.say(check_mesh(config, gpus))
     archive, code = b"", ""
     if target.takes_code:
         with commands.stage("packing the code of this working tree", "nothing was changed anywhere"):
@@ -59,9 +64,10 @@ def launch(
     if verb == "write":
         target.write(run, Path(out or found.name))
         return
-    target.up(run)
     if follow:
-        target.logs(follow=True)
+        target.up_and_follow(run)
+    else:
+        target.up(run)
 
 
 def target_of(machines: Machines, commands: Commands) -> Target:

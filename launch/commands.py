@@ -42,14 +42,21 @@ class Commands:
     Args:
       dry_run: print commands in place of running them; each then counts as done, with no output.
       yes: what costs money or removes something is not asked about.
+      take_over: a launch that somebody else has started is taken for one's own.
       say: takes a line for the user.
     """
 
     def __init__(
-        self, *, dry_run: bool = False, yes: bool = False, say: Callable[[str], None] = lambda line: print(line)
+        self,
+        *,
+        dry_run: bool = False,
+        yes: bool = False,
+        take_over: bool = False,
+        say: Callable[[str], None] = lambda line: print(line),
     ):
         self.dry_run = dry_run
         self.yes = yes
+        self.take_over = take_over
         self.say = say
         self._running: set[subprocess.Popen[bytes]] = set()
 
@@ -58,15 +65,7 @@ class Commands:
         if self.dry_run:
             self.show(argv, given)
             return Done(0)
-        try:
-            # In a session of its own: Ctrl-C is for this program, which then tells what is left.
-            child = subprocess.Popen(
-                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-            )
-        except FileNotFoundError:
-            raise LaunchError(
-                f"there is no program {argv[0]!r} on this machine; install it, or add it to PATH"
-            ) from None
+        child = self.start(argv, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
         self._running.add(child)
         try:
             out, err = child.communicate(given or b"", seconds)
@@ -81,17 +80,34 @@ class Commands:
             self._running.discard(child)
         return Done(child.returncode, _text(out), _text(err))
 
+    def start(
+        self, argv: Sequence[str], *, stdin: int, stderr: int | None, stdout: int | None = subprocess.PIPE
+    ) -> "subprocess.Popen[bytes]":
+        """Starts one. Raises LaunchError when there is no such program."""
+        try:
+            # In a session of its own: Ctrl-C is for this program, which then tells what is left.
+            return subprocess.Popen(argv, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True)
+        except FileNotFoundError:
+            raise LaunchError(
+                f"there is no program {argv[0]!r} on this machine; install it, or add it to PATH"
+            ) from None
+
     def follow(self, argv: Sequence[str]) -> None:
         """Runs one that writes to this terminal, until it ends or Ctrl-C."""
         if self.dry_run:
             self.show(argv)
             return
-        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
+        child = self.start(argv, stdin=subprocess.DEVNULL, stdout=None, stderr=None)
         try:
             child.wait()
         finally:
-            _kill(child)
-            child.wait()
+            self.end(child)
+
+    @staticmethod
+    def end(child: "subprocess.Popen[bytes]") -> None:
+        """Ends what `start` has started, if it has not ended."""
+        _kill(child)
+        child.wait()
 
     def kill(self) -> None:
         """Ends what runs in other threads too."""

@@ -1,4 +1,4 @@
-"""Whether a config fits the TPU slices that it is for, before anything is created. Nothing is compiled."""
+"""Whether a config fits the machines that it is for, before anything is created. Nothing is compiled."""
 
 import json
 import math
@@ -45,6 +45,18 @@ def check_fits(config: Config, topology: str, slices: int) -> str:
             f"{there:.1f} GiB. Nothing was created.{' What would help:' if hints else ''}{hints}"
         )
     return f"fits {where}: {needed:.1f} of {there:.1f} GiB a device, {found.step_seconds:.2f} s a step by the model"
+
+
+def check_mesh(config: Config, devices: int) -> str:
+    """A line with the mesh. Raises ConfigError when mesh or batch do not divide over so many GPUs; memory is not looked
+    at, as there is no model of it for them."""
+    from lm.parallel.mesh import abstract_mesh  # loads jax
+    from lm.train.describe import describe_sharding
+
+    mesh = abstract_mesh(config.mesh, devices)
+    describe_sharding(config, mesh)
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    return f"mesh on {devices} GPUs: {sizes or 'one device'}; whether their memory is enough is not looked at"
 
 
 def training_hours(config: str, topology: str, slices: int) -> float:

@@ -1,6 +1,7 @@
 """SLURM: one job, put in the queue again when it was stopped, preempted, or ran out of time."""
 
 import dataclasses
+import hashlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -8,11 +9,16 @@ from pathlib import Path
 
 from launch.commands import Commands
 from launch.hosts import THIS, Host, Hosts
+from launch.owner import shell
+from launch.patience import patiently
 from launch.ssh import Ssh
 from launch.ssh import command as ssh_command
-from launch.target import Run, Target, ended, owner, raise_ended, shell_path, write_files
+from launch.target import NONE, RUNNING, Run, Target, ended, of_others, raise_ended, shell_path, write_files
 from launch.tree import unpack
 from lm.errors import Stopped
+
+STOP_SECONDS = 900
+_OTHERS, _UNKNOWN = 20, 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +45,11 @@ class Slurm:
     """Before that time is over, the run is asked to save."""
     options: tuple[str, ...] = ()
     """More of sbatch, as qos=high or exclusive."""
+
+    @property
+    def gpus(self) -> int:
+        """In all, as far as that is said here."""
+        return self.nodes * self.gpus_per_node
 
     def check(self) -> Iterator[tuple[str, str]]:
         for name in ("nodes", "processes_per_node", "notice_seconds"):
@@ -86,7 +97,8 @@ class SlurmJob(Target):
                 self.commands.say(f"{self.name} is job {said.split()[-1]} already: {self.verb('status')}")
                 return
         with self.commands.stage(f"copying the code ({len(run.archive) / 2**20:.1f} MiB)", nothing):
-            self._do(f"cd {self.base} && cat > config.json", "the config could not be copied", run.config.encode())
+            script = f"cd {self.base} && cat > {_config(run)}"
+            self._do(script, "the config could not be copied", run.config.encode())
             self._do(unpack(self.base, run.code), "the code could not be copied", run.archive)
         perhaps = f"it may have been submitted: `{self.verb('status')}` tells, `{self.verb('stop')}` ends it"
         with self.commands.stage("submitting", perhaps):
@@ -95,9 +107,8 @@ class SlurmJob(Target):
 
     def status(self) -> None:
         script = f"""\
-{_QUEUED}
+{self._queued}
 cd {self.base} 2> /dev/null || {{ echo there is no launch {self.name}; exit 0; }}
-job=$(cat job 2> /dev/null)
 if queued; then
     squeue -h -j "$job" -o "job %i: %T, for %M of %l, on %D node(s) %N %r"
     tail -n 1 log.txt 2> /dev/null
@@ -114,52 +125,63 @@ tail -n 1 log.txt 2> /dev/null || true"""
             log = self._do(f"tail -n 100 {self.base}/log.txt", f"{self.name} has no log yet")
             self.commands.say(log.rstrip("\n"))
             return
-        script = f"""\
-{_QUEUED}
-cd {self.base} || exit 1
-touch log.txt
-tail -n 100 -F log.txt & shown=$!
-trap 'kill $shown' EXIT
-job=$(cat job)
-while queued; do sleep 2; done
-sleep 1"""
         try:
-            self.commands.follow(self.host.hosts[0].command(script))
+            end = self._follow()
         except KeyboardInterrupt:
             self.commands.say(f"the run goes on; {self.verb('stop')} ends it")
             return
         if not self.commands.dry_run:
-            code = self._do(f"cat {self.base}/exit 2> /dev/null || echo none", "how it ended is not known")
-            raise_ended(self.name, [code.strip()])
+            raise_ended(self.name, [end])
+
+    def _follow(self) -> str:
+        """Shows the log until the job is no longer queued; the exit code. A connection that is lost is no end."""
+        ask = f"""\
+{self._queued}
+cd {self.base} || exit 1
+queued && echo {RUNNING} || cat exit 2> /dev/null || echo {NONE}"""
+        lines, end = 100, RUNNING
+        while end == RUNNING:
+            script = f"""\
+{self._queued}
+cd {self.base} || exit 1
+touch log.txt
+tail -n {lines} -F log.txt & shown=$!
+trap 'kill $shown' EXIT
+while (queued 2> /dev/null); [ $? != 1 ]; do sleep 2; done
+sleep 1"""
+            self.commands.follow(self.host.hosts[0].command(script))
+            end = patiently(lambda: self._do(ask, "how it goes is not known"), self.commands.say).strip()
+            lines = 5
+        return end
 
     def stop(self) -> None:
         script = f"""\
-{_QUEUED}
+{self._queued}
 cd {self.base} || exit 1
+mine >&2 || exit {_OTHERS}
 touch stop
-job=$(cat job 2> /dev/null)
 queued || exit 0
 case $(squeue -h -j "$job" -o %T) in
     PENDING | REQUEUED) scancel "$job" ;;
     *) scancel --signal=TERM "$job" ;;
 esac
-for ((i = 0; i < 900; i++)); do queued || exit 0; sleep 1; done
+for ((i = 0; i < {STOP_SECONDS}; i++)); do queued || exit 0; sleep 1; done
 echo "job $job has not ended after 15 minutes: scancel $job ends it without saving" >&2
 exit 1"""
         waits = f"it was asked to stop and may still be saving: `{self.verb('status')}` tells"
         with self.commands.stage("stopping, which saves first", waits):
-            self._do(script, f"{self.name} was not stopped", seconds=960)
+            self._do(script, f"{self.name} was not stopped", seconds=STOP_SECONDS + 60)
         self.status()
 
     def delete(self) -> None:
-        self.commands.ask(f"Remove code and log of {self.name}?")
+        where = f"{self.slurm.folder.rstrip('/')}/{self.name}"
+        self.commands.ask(f"Remove code and log of {self.name}, in the folder {where} of {self.host.hosts[0].name}?")
         script = f"""\
-{_QUEUED}
+{self._queued}
 cd {self.base} 2> /dev/null || exit 0
-[ "$(cat owner)" = {shlex.quote(owner())} ] || {{ echo "it is a launch of $(cat owner)" >&2; exit 1; }}
-job=$(cat job 2> /dev/null)
+mine >&2 || exit {_OTHERS}
 queued && {{ echo "job $job is in the queue or runs; first stop it" >&2; exit 1; }}
-rm -rf code-* new owner owner.new config.json job.sh job digest exit stop lock log.txt
+rm -rf code-* new* owner* config-*.json job.sh job digest exit stop lock log.txt
 cd .. && rmdir {self.base} 2> /dev/null || ls {self.base}"""
         with self.commands.stage(f"removing {self.name}", f"`{self.verb('delete')}` removes the rest"):
             left = self._do(script, f"{self.name} was not removed")
@@ -168,9 +190,9 @@ cd .. && rmdir {self.base} 2> /dev/null || ls {self.base}"""
 
     def write(self, run: Run, folder: Path) -> None:
         self.commands.say(
-            f"to be submitted in the folder that has config.json and the code in code-{run.code}: sbatch job.sh"
+            f"to be submitted in the folder that has {_config(run)} and the code in code-{run.code}: sbatch job.sh"
         )
-        write_files({"config.json": run.config, "job.sh": self.script(run)}, folder, self.commands)
+        write_files({_config(run): run.config, "job.sh": self.script(run)}, folder, self.commands)
 
     def script(self, run: Run) -> str:
         """What sbatch is given; it starts in the launch's folder."""
@@ -199,13 +221,14 @@ cd .. && rmdir {self.base} 2> /dev/null || ls {self.base}"""
                 f"CUDA_VISIBLE_DEVICES=$(seq -s, $((SLURM_LOCALID * {each})) $((SLURM_LOCALID * {each} + {each - 1}))) "
             )
         cpus = f" --cpus-per-task={s.cpus_per_process}" if s.cpus_per_process else ""  # srun does not take it over
-        train = f"JAX_PROCESS_ID=$SLURM_PROCID {share}exec {run.command('config.json', supervise=True)}"
+        train = f"JAX_PROCESS_ID=$SLURM_PROCID {share}exec {run.command(_config(run), supervise=True)}"
         lines = [
             "#!/bin/bash",
             *(f"#SBATCH --{option}" for option in options),
             'echo "--- job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, $(date)"',
+            'echo "$SLURM_JOB_ID" > job',  # the answer to who has submitted it may have been lost
             "rm -f exit",
-            *run.prelude({}, f'"$PWD/code-{run.code}"'),
+            *run.prelude({"JAX_PLATFORMS": "cuda"} if s.gpus_per_node else {}, f'"$PWD/code-{run.code}"'),
             'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             'export JAX_COORDINATOR_ADDRESS="$first:$((20000 + SLURM_JOB_ID % 10000))"',
             f"export JAX_NUM_PROCESSES={count}",
@@ -213,8 +236,8 @@ cd .. && rmdir {self.base} 2> /dev/null || ls {self.base}"""
             "all=$!",
             "# Time is nearly over, or the job is preempted: all processes save, and end with 75.",
             "trap 'scancel --signal=TERM \"$SLURM_JOB_ID\"' TERM",
-            "wait $all; code=$?",
-            "while kill -0 $all 2> /dev/null; do wait $all; code=$?; done",
+            "while kill -0 $all 2> /dev/null; do wait $all; done",
+            "wait $all; code=$?  # a signal ends a wait before that, with a code that is not the run's",
             "echo $code > exit",
             f'[ $code = {Stopped.exit_code} ] && [ ! -e stop ] && scontrol requeue "$SLURM_JOB_ID"',
             "exit $code",
@@ -224,12 +247,9 @@ cd .. && rmdir {self.base} 2> /dev/null || ls {self.base}"""
     def _claim(self, digest: str) -> str:
         """Shell that makes the name ours, and prints `same JOB` if that is in the queue already."""
         return f"""\
-{_QUEUED}
+{self._queued}
 mkdir -p {self.base} && cd {self.base} || exit 1
-echo {shlex.quote(owner())} > owner.new && {{ ln owner.new owner 2> /dev/null; rm owner.new; }} || exit 1
-[ "$(cat owner)" = {shlex.quote(owner())} ] || {{
-    echo "a launch of this name is there, of $(cat owner): take another name, or have it deleted" >&2; exit 1; }}
-job=$(cat job 2> /dev/null)
+claim >&2 || exit {_OTHERS}
 queued || exit 0
 [ "$(cat digest)" = {digest} ] || {{
     echo "job $job has this name, with another config or other code; first {self.verb("stop")}" >&2; exit 1; }}
@@ -237,24 +257,40 @@ echo same "$job\""""
 
     def _submit(self, run: Run, digest: str) -> str:
         return f"""\
-{_QUEUED}
+{self._queued}
 cd {self.base} || exit 1
 exec 9> lock && flock 9
-job=$(cat job 2> /dev/null)
 queued && {{ echo "job $job was submitted in the meantime" >&2; exit 1; }}
-rm -f stop exit
-printf %s {shlex.quote(self.script(run))} > job.sh || exit 1
-job=$(sbatch --parsable job.sh) || exit 1
-echo "${{job%%;*}}" > job && echo {digest} > digest && cat job"""
+rm -f stop exit job
+printf %s {shlex.quote(self.script(run))} > job.sh && echo {digest} > digest || exit 1
+job=$(sbatch --parsable job.sh < /dev/null 9>&-) || {{
+    sleep 5  # an answer that was lost: the job may be there all the same
+    queued || exit 1
+}}
+echo "${{job%%;*}}" > job && cat job"""
+
+    @property
+    def _queued(self) -> str:
+        """Bash that tells whether the job is waiting or running, and which it is; a cluster forgets those that ended.
+
+        It is looked for by its name and folder too: the number may never have been told.
+        """
+        return f"""\
+{shell(self.owner, take_over=self.commands.take_over)}
+queued() {{
+    job=$(cat job 2> /dev/null)
+    list=$(squeue -h --me -o "%i|%j|%Z") || exit {_UNKNOWN}
+    while IFS="|" read -r id name place; do
+        [ -n "$id" ] || continue
+        [ "$id" = "$job" ] || [ "$name $place" = "{self.name} $(pwd -P)" ] && {{ job=$id; return 0; }}
+    done <<< "$list"
+    return 1
+}}"""
 
     def _do(self, script: str, what: str, given: bytes | None = None, seconds: float = 1800) -> str:
-        return self.host.each(script, what, given=given, seconds=seconds)[0]
+        return self.host.each(script, what, given=given, seconds=seconds, codes={_OTHERS: of_others("{said}")})[0]
 
 
-_QUEUED = """\
-queued() {
-    mine=$(squeue -h --me -o %i) || exit 1
-    [ -n "$job" ] && grep -qx -- "$job" <<< "$mine"
-}
-"""
-"""Shell that tells whether a job is waiting or running. A cluster forgets those that have ended."""
+def _config(run: Run) -> str:
+    """The file of the config: another launch of this name leaves it alone."""
+    return f"config-{hashlib.sha256(run.config.encode()).hexdigest()[:12]}.json"

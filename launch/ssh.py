@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from launch import keep
 from launch.background import Background
 from launch.commands import Commands
 from launch.hosts import Host
+from launch.target import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,26 @@ class Ssh:
             yield "folder", f"must start with / or ~/, got {self.folder!r}"
 
 
+class SshHosts(Background):
+    """One process on each host."""
+
+    def up(self, run: Run) -> None:
+        known, names = f"hosts/{self.name}.txt", [host.name for host in self.hosts.hosts]
+        if not self.commands.dry_run and (gone := [host for host in keep.read(known).split() if host not in names]):
+            self.commands.say(
+                f"{self.name} was on {', '.join(gone)} too, at which is not looked now: what runs there is ended by "
+                "`stop` with the hosts of then"
+            )
+        super().up(run)
+        if not self.commands.dry_run:
+            keep.keep(known, "\n".join(names) + "\n")
+
+    def delete(self) -> None:
+        super().delete()
+        if not self.commands.dry_run:
+            keep.forget(f"hosts/{self.name}.txt")
+
+
 def target(name: str, ssh: Ssh, commands: Commands) -> Background:
     """The launch of this name on the hosts."""
     first = ssh.address or host_name(ssh.hosts[0])
@@ -58,7 +80,7 @@ def target(name: str, ssh: Ssh, commands: Commands) -> Background:
         }
 
     hosts = [Host(host, (*command(ssh), host)) for host in ssh.hosts]
-    return Background(name, commands, hosts, ssh.folder, variables)
+    return SshHosts(name, commands, hosts, ssh.folder, variables)
 
 
 def command(ssh: Ssh) -> tuple[str, ...]:

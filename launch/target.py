@@ -2,18 +2,21 @@
 
 import abc
 import dataclasses
-import getpass
+import functools
 import hashlib
 import json
 import re
 import shlex
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.commands import Commands
-from launch.tree import ROOT
-from lm.errors import ConfigError, LmError, LostProcessError
+from launch.owner import Owner, this_user
+from lm.errors import ConfigError, LmError, LostProcessError, Stopped
+
+RUNNING, STOPPED, NONE, UNKNOWN = "running", "stopped", "none", ""
+"""In place of the exit code of a process: it runs, it saved as `stop` asked it to, it ended without one, it cannot be
+asked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +75,18 @@ class Target(abc.ABC):
         self.commands = commands
         self.again = "lm launch {verb} MACHINES"
 
+    @functools.cached_property
+    def owner(self) -> Owner:
+        return this_user(keep_it=not self.commands.dry_run)
+
     @abc.abstractmethod
     def up(self, run: Run) -> None:
         """Everything from nothing to training. A launch of the same name that is somebody else's is refused."""
+
+    def up_and_follow(self, run: Run) -> None:
+        """As `up`, then shows the log until the run ends."""
+        self.up(run)
+        self.logs(follow=True)
 
     @abc.abstractmethod
     def status(self) -> None:
@@ -121,15 +133,10 @@ def shell_path(folder: str) -> str:
     return '"$HOME"' + shlex.quote(folder[1:]) if folder.startswith("~/") else shlex.quote(folder)
 
 
-def owner() -> str:
-    """Who launches, and from where: going on with a launch is for the same."""
-    return f"{getpass.getuser()}@{socket.gethostname()}:{ROOT}"
-
-
 def ended(code: int | str) -> str:
     """What an exit code of `lm train` means, in a few words."""
     try:
-        number = int(code)
+        number = Stopped.exit_code if code == STOPPED else int(code)
     except ValueError:
         return "ended without a word: killed, or its machine failed"
     return f"ended with {number}: {_MEANING.get(number, 'killed' if number > 128 else 'a bug')}"
@@ -139,15 +146,20 @@ class RunEnded(LmError):
     """A run that was followed did not end with 0; the exit code is the run's."""
 
 
+def of_others(said: str) -> str:
+    """What is wrong with a name that somebody else has."""
+    return f"a launch of this name is there, of {said}: take another name, or, if it is yours all the same, --take-over"
+
+
 def raise_ended(name: str, codes: Sequence[str]) -> None:
-    """Raises RunEnded when a process of a run that was followed did not end with 0. "": it runs, or is not known."""
-    failed = [code for code in codes if code not in ("", "0")]
+    """Raises RunEnded when a process of a run that was followed is known to have ended, and not with 0."""
+    failed = [code for code in codes if code not in (UNKNOWN, RUNNING, "0")]
     if not failed:
         return
-    because_of_others = (str(LostProcessError.exit_code), "none")
+    because_of_others = (str(LostProcessError.exit_code), NONE)
     first = next((code for code in failed if code not in because_of_others), failed[0])
     error = RunEnded(f"{name} {ended(first)}")
-    error.exit_code = int(first) if first.isdecimal() else 1
+    error.exit_code = Stopped.exit_code if first == STOPPED else int(first) if first.isdecimal() else 1
     raise error
 
 

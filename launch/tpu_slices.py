@@ -1,7 +1,6 @@
 """Cloud TPU slices as gcloud knows them: what there is under a name, what it costs, its creation and removal."""
 
 import dataclasses
-import getpass
 import json
 import math
 import re
@@ -9,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from launch.commands import Commands, Done
+from launch.owner import Owner
 from lm.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -54,12 +54,14 @@ class Found:
 class Slices:
     """The slices of one launch: all nodes that are called like it."""
 
-    def __init__(self, name: str, spec: "TpuVm", commands: Commands):
+    def __init__(self, name: str, spec: "TpuVm", commands: Commands, owner: Owner):
         self.name = name
         self.spec = spec
         self.commands = commands
-        self.labels = {"lm-launch": name, "lm-owner": _label(getpass.getuser())}
+        self.labels = {"lm-launch": name, "lm-owner": owner.id}
         """Whose they are: nothing without these is touched."""
+        self.names = {"lm-owner-name": _label(owner.name)}
+        """For people."""
 
     @property
     def node_names(self) -> list[str]:
@@ -139,6 +141,22 @@ class Slices:
         waits = next((state for state in states if state not in _READY), states[0])
         return Found(stage, waits if complete or stage != "gone" else "incomplete", hosts, request is not None, why)
 
+    def elsewhere(self) -> list[str]:
+        """What there is of this launch in other zones. Raises LaunchError when that cannot be known."""
+        found = set()
+        for group in ("tpu-vm", "queued-resources"):
+            listed = self._gcloud(
+                "other zones cannot be asked", "compute", "tpus", group, "list", *self._where("-"), "--format=json"
+            )
+            for thing in json.loads(listed or "[]"):
+                nodes = [thing, *(spec.get("node", {}) for spec in thing.get("tpu", {}).get("nodeSpec", ()))]
+                zone = str(thing["name"]).split("/")[3]
+                if zone != self.spec.zone and any(
+                    self.labels.items() <= node.get("labels", {}).items() for node in nodes
+                ):
+                    found.add(f"{_id(thing)} in {zone}")
+        return sorted(found)
+
     def create(self) -> None:
         """Asks for the slices, and waits as long as Google takes to say yes. Raises LaunchError with its no."""
         self._gcloud(f"{self.name} was not created", *self.creation())
@@ -159,12 +177,13 @@ class Slices:
                 self.name,
                 *count,
                 f"--runtime-version={version}",
+                f"--valid-until-duration={spec.wait_seconds}s",  # what comes later would find nobody there
             ]
         else:
             command = ["compute", "tpus", "tpu-vm", "create", self.name, f"--version={version}"]
         if self._by_shape():
             command.insert(0, "alpha")
-        labels = ",".join([*(f"{key}={value}" for key, value in self.labels.items()), *spec.labels])
+        labels = ",".join([*(f"{key}={value}" for key, value in (self.labels | self.names).items()), *spec.labels])
         return [
             *command,
             *self._where(),
@@ -245,23 +264,29 @@ class Slices:
 
     def _is_ours(self, thing: dict[str, Any], name: str) -> bool:
         labels = thing.get("labels", {})
-        if all(labels.get(key) == value for key, value in self.labels.items()):
+        wanted = {"lm-launch": self.name} if self.commands.take_over else self.labels
+        if wanted.items() <= labels.items():
             return True
         if name not in (self.name, *self.node_names):
             return False
-        whose = (
-            f"of the launch {labels['lm-launch']} of {labels.get('lm-owner')}" if "lm-launch" in labels else "not ours"
-        )
+        whose, may = "not ours", ""
+        if "lm-launch" in labels:
+            by = labels.get("lm-owner-name", labels.get("lm-owner"))
+            whose, may = (
+                f"of the launch {labels['lm-launch']} of {by}",
+                ", or, if it is yours all the same, --take-over",
+            )
         raise LaunchError(
-            f"there is a TPU called {name} in {self.spec.zone} already, which is {whose}: take another name. It was "
-            "not touched"
+            f"there is a TPU called {name} in {self.spec.zone} already, which is {whose}: take another name{may}. It "
+            "was not touched"
         )
 
-    def _where(self) -> list[str]:
-        return [f"--zone={self.spec.zone}", *([f"--project={self.spec.project}"] if self.spec.project else [])]
+    def _where(self, zone: str = "") -> list[str]:
+        return [f"--zone={zone or self.spec.zone}", *([f"--project={self.spec.project}"] if self.spec.project else [])]
 
-    def _list(self, what: str, *command: str) -> list[dict[str, Any]]:
-        listed: list[dict[str, Any]] = json.loads(self._gcloud(what, *command, *self._where(), "--format=json") or "[]")
+    def _list(self, what: str, *command: str, zone: str = "") -> list[dict[str, Any]]:
+        said = self._gcloud(what, *command, *self._where(zone), "--format=json")
+        listed: list[dict[str, Any]] = json.loads(said or "[]")
         return listed
 
     def _gcloud(self, what: str, *command: str) -> str:

@@ -1,23 +1,20 @@
 """Cloud TPU VMs: created, run on, created again after a preemption, and removed, through gcloud."""
 
-import contextlib
 import dataclasses
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from launch import keep
-from launch.commands import Commands, Interrupted
-from launch.fits import training_hours
-from launch.hosts import Host, Hosts, raise_failed
-from launch.target import Run, Target, ended, raise_ended, write_files
-from launch.tpu_slices import Found, Slices
-from launch.tpu_workers import ACTIVATE, Workers, kept_versions
-from lm.errors import ConfigError, LaunchError, LmError
+from launch.commands import Commands
+from launch.target import Run, Target, write_files
+from launch.tpu_bring import Bringing
+from launch.tpu_follow import Following
+from launch.tpu_slices import Found
+from launch.tpu_workers import ACTIVATE, kept_versions
+from lm.errors import LaunchError
 
-POLL_SECONDS = 20.0
 INSTALL = (
     'export PATH="$HOME/.local/bin:$PATH"',
     "command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh",
@@ -41,7 +38,7 @@ class TpuVm:
     request: Literal["now", "queued"] = "now"
     """now: refused when there is no capacity. queued: waits for it. Several slices are always queued."""
     wait_seconds: int = 3600
-    """How long `up` waits until the machines are there; what is queued stays so."""
+    """How long `up` waits until the machines are there; what is queued is not for longer. `up --follow` asks again."""
     version: str = ""
     """Of the TPU software; empty: the plain one for this kind of chip."""
     price: float = 0.0
@@ -101,232 +98,72 @@ class TpuVms(Target):
     def __init__(self, name: str, spec: TpuVm, commands: Commands):
         super().__init__(name, commands)
         self.spec = spec
-        self.slices = Slices(name, spec, commands)
-        self._run: Run | None = None
+        self.machines = Bringing(self, spec, commands)
 
     def up(self, run: Run) -> None:
-        if "versions" in run.allow and not self.commands.dry_run:
-            keep.forget(kept_versions(self.name, run))
-        self._run = dataclasses.replace(run, setup=(ACTIVATE, *run.setup))
-        self._bring(self._run, ask=True)
+        run = self._prepared(run)
+        self.machines.get(run, ask=True)
+        try:
+            self.machines.start(run)
+        except LaunchError as error:
+            found = self.machines.find() if self.spec.queued else Found()
+            if not found.queued or (found.nodes and found.stage != "coming"):
+                raise
+            # What a request brings later would cost, with nobody there.
+            self.machines.remove(found)
+            why = str(error).removesuffix(self.machines.costs()).rstrip()
+            raise LaunchError(f"{why}\nThe request was deleted") from None
+
+    def up_and_follow(self, run: Run) -> None:
+        if self.commands.dry_run:
+            super().up_and_follow(run)
+            return
+        run = self._prepared(run)
+        following = Following(self.machines, run)
+        if self.machines.get(run, ask=True):
+            workers = following.bring(got=True)
+        else:
+            self.machines.start(run)
+            workers = self.machines.workers()
+        following.watch(workers)
 
     def status(self) -> None:
-        found = self._find()
+        found = self.machines.find()
         if found.stage == "nothing":
-            self.commands.say(f"there are no machines of {self.name} in {self.spec.zone}; nothing costs")
+            self.commands.say(self.machines.none())
             return
-        self.commands.say(f"{self.name}: {found.state}{' | ' + found.why if found.why else ''}; {self._costs()}")
+        why = f" | {found.why}" if found.why else ""
+        self.commands.say(f"{self.name}: {found.state}{why}; {self.machines.costs()}")
         if found.stage == "ready":
-            self._workers(found).status()
+            self.machines.workers(found).status()
 
     def logs(self, *, follow: bool) -> None:
-        workers = self._workers(self._find_ready())
-        if follow and self._run and not self.commands.dry_run:
-            self._watch(self._run, workers)
-        else:
-            workers.logs(follow=follow)
+        self.machines.workers().logs(follow=follow)
 
     def stop(self) -> None:
-        workers = self._workers(self._find_ready())
-        with self._paid():
+        workers = self.machines.workers()
+        with self.machines.paid():
             workers.stop()
-        self.commands.say(f"The machines stay: {self._costs()}")
+        self.commands.say(f"The machines stay: {self.machines.costs()}")
 
     def delete(self) -> None:
-        found = self._find()
+        found = self.machines.find()
         if found.stage == "nothing":
-            self.commands.say(f"there are no machines of {self.name} in {self.spec.zone}; nothing costs")
+            self.commands.say(self.machines.none())
             return
         nodes = ", ".join(node for node, _ in found.nodes) or "the request"
         self.commands.ask(
             f"Delete {nodes} of {self.name} in {self.spec.zone}, with their disks? A run on them loses what came after "
             f"its last checkpoint; `{self.verb('stop')}` saves first."
         )
-        self._delete(found)
+        self.machines.remove(found)
 
     def write(self, run: Run, folder: Path) -> None:
-        workers = self._workers(self.slices.planned())
-        workers.write(dataclasses.replace(run, setup=(ACTIVATE, *run.setup)), folder)
-        lines = ["gcloud", *self.slices.creation()]
+        self.machines.workers(self.machines.slices.planned()).write(self._prepared(run), folder)
+        lines = ["gcloud", *self.machines.slices.creation()]
         write_files({"create.sh": " \\\n    ".join(lines) + "\n"}, folder, self.commands)
 
-    # Stages of `up`
-
-    def _bring(self, run: Run, *, ask: bool) -> None:
-        with self.commands.stage(f"looking for {self.name} in {self.spec.zone}", "nothing was created"):
-            self.slices.check_account()
-            found = self.slices.find()
-        if found.stage == "going":
-            with self.commands.stage(f"waiting until what was there is gone ({found.state})", "nothing was created"):
-                found = self._wait(found)
-        if found.stage in ("nothing", "gone"):
-            self._create(run, found, ask=ask)
-        with self._paid():
-            with self.commands.stage("waiting until the machines are ready", "they come nevertheless"):
-                found = self._ready()
-            workers = self._workers(found)
-            with self.commands.stage("waiting until their hosts answer", "no run was started"):
-                self._answer(workers.hosts)
-            workers.up(run)
-        if not self.commands.dry_run:
-            self.commands.say(self._costs())
-
-    def _create(self, run: Run, found: Found, *, ask: bool) -> None:
-        with self.commands.stage(f"looking whether there is {self.spec.topology}", "nothing was created"):
-            self.slices.check_offered()
-        if "://" not in run.dir:
-            self.commands.say(
-                f"run.dir is {run.dir}, no bucket: unless storage of your own is mounted there, checkpoints are lost "
-                "with the machines"
-            )
-        self.commands.say(self.slices.cost(training_hours(run.config, self.spec.topology, self.spec.slices)))
-        if ask:
-            self.commands.ask("Create them?")
-        if found.stage == "gone":
-            self._delete(found)
-        left = f"they may be created nevertheless, and cost money then: `{self.verb('delete')}` removes them"
-        with self.commands.stage(f"creating {', '.join(self.slices.node_names)}", left):
-            self.slices.create()
-
-    def _ready(self) -> Found:
-        if self.commands.dry_run:
-            self.slices.find()
-            return self.slices.planned()
-        found = self._wait(Found("coming"))
-        if found.stage != "ready":
-            state = "they are not there" if found.stage == "nothing" else f"they are {found.state}"
-            raise LaunchError(f"the machines of {self.name} did not get ready: {state}. {found.why}".rstrip())
-        return found
-
-    def _wait(self, found: Found) -> Found:
-        """Until it is no longer so. Raises LaunchError when that takes too long."""
-        stage, until, said = found.stage, time.monotonic() + self.spec.wait_seconds, found.state
-        while (found := self.slices.find()).stage == stage:
-            if found.state != said:
-                self.commands.say(f"    {found.state}")
-                said = found.state
-            if time.monotonic() > until:
-                raise LaunchError(
-                    f"after {self.spec.wait_seconds} s (tpu_vm.wait_seconds) the machines of {self.name} are still "
-                    f"{found.state}: `{self.verb('up')}` goes on waiting"
-                )
-            time.sleep(POLL_SECONDS)
-        return found
-
-    def _answer(self, hosts: Hosts) -> None:
-        """A host that is ready takes a while to let somebody in who has not been there."""
-        hosts.try_each("true") if self.commands.dry_run else None
-        until = time.monotonic() + self.spec.wait_seconds
-        # The first alone: gcloud makes the key of this machine.
-        first = Hosts(hosts.hosts[:1], hosts.commands)
-        for some in () if self.commands.dry_run else (first, hosts):
-            while failed := some.failed(some.try_each("true")):
-                if time.monotonic() > until or self.slices.find().stage != "ready":
-                    raise_failed("these hosts do not answer, and nothing was started", failed)
-                time.sleep(POLL_SECONDS)
-
-    # After `up --follow`
-
-    def _watch(self, run: Run, workers: Workers) -> None:
-        left = self.spec.preemptions
-        try:
-            while True:
-                # Where one slice is lost, the others wait for it, and say nothing.
-                workers.show_logs(follow=True, until=lambda: self._look().stage != "ready", seconds=POLL_SECONDS)
-                found = self._look()
-                ends = workers.ends() if found.stage == "ready" else []
-                if ends and "none" not in ends:
-                    if all(ends):
-                        break
-                    time.sleep(POLL_SECONDS)
-                    continue
-                # Gone, or started anew by Google, with nothing running.
-                state = "not running" if ends else found.state or "no longer there"
-                if left == 0:
-                    raise LaunchError(
-                        f"the machines are {state}, and came back {self.spec.preemptions} times already "
-                        f"(tpu_vm.preemptions): `{self.verb('up')} --follow` goes on\n{self._costs()}"
-                    )
-                left -= 1
-                self.commands.say(f"the machines are {state}: getting them again")
-                workers = self._again(run)
-        except KeyboardInterrupt:
-            self.commands.say(
-                f"The run goes on; after a preemption only `{self.verb('up')} --follow` creates the machines again. "
-                + self._costs()
-            )
-            return
-        for host, code in zip(workers.hosts.hosts, ends, strict=True):
-            self.commands.say(f"{host.name}: {ended(code)}")
-        if self.spec.when_done == "delete":
-            self._delete(found)
-        else:
-            self.commands.say(self._costs())
-        raise_ended(self.name, ends)
-
-    def _again(self, run: Run) -> Workers:
-        """Until there is capacity for them."""
-        while True:
-            try:
-                self._bring(run, ask=False)
-                return self._workers(self._find_ready())
-            except LaunchError as error:
-                if self._look().stage == "ready":  # it is something else
-                    raise
-                self.commands.say(f"{error}\ntrying again")
-                time.sleep(POLL_SECONDS)
-
-    def _look(self) -> Found:
-        """What there is, however long nothing can be known: the run goes on meanwhile."""
-        while True:
-            try:
-                return self.slices.find()
-            except LaunchError as error:
-                self.commands.say(f"{error}\ntrying again")
-                time.sleep(POLL_SECONDS)
-
-    # Parts
-
-    def _workers(self, found: Found) -> Workers:
-        many = len(found.nodes) > 1
-        hosts = [
-            Host(f"{node}/{worker}" if many else str(worker), self.slices.ssh(node, worker))
-            for node, count in found.nodes
-            for worker in range(count)
-        ]
-        workers = Workers(self.name, self.commands, hosts, self.spec)
-        workers.again = self.again
-        return workers
-
-    def _find(self) -> Found:
-        found = self.slices.find()
-        return self.slices.planned() if self.commands.dry_run else found
-
-    def _find_ready(self) -> Found:
-        found = self._find()
-        if found.stage != "ready":
-            there = f"are {found.state}" if found.state else "are not there"
-            raise LaunchError(f"the machines of {self.name} in {self.spec.zone} {there}: `{self.verb('up')}`")
-        return found
-
-    def _delete(self, found: Found) -> None:
-        left = f"they may be there, and cost money: `{self.verb('delete')}` removes them"
-        with self.commands.stage(f"deleting the machines of {self.name}", left):
-            self.slices.delete(found)
-        if not self.commands.dry_run:
-            self.commands.say("deleted; nothing costs")
-
-    def _costs(self) -> str:
-        hourly = f"${self.slices.chips * self.spec.price:,.2f} an hour" if self.spec.price else "money"
-        return f"what is there costs {hourly}, until `{self.verb('delete')}`"
-
-    @contextlib.contextmanager
-    def _paid(self) -> Iterator[None]:
-        """Whatever ends what is done on the machines: that they are there is said."""
-        try:
-            yield
-        except KeyboardInterrupt:  # between two stages
-            raise Interrupted(f"interrupted\n{self._costs()}") from None
-        except LmError as error:
-            kind = type(error) if isinstance(error, Interrupted | LaunchError | ConfigError) else LaunchError
-            raise kind(f"{error}\n{self._costs()}") from None
+    def _prepared(self, run: Run) -> Run:
+        if "versions" in run.allow and not self.commands.dry_run:
+            keep.forget(kept_versions(self.name, run))
+        return dataclasses.replace(run, setup=(ACTIVATE, *run.setup))

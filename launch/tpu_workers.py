@@ -27,8 +27,9 @@ class Workers(Background):
     """The hosts of the slices. JAX, and lm with it, finds out there which process each of them is."""
 
     def __init__(self, name: str, commands: Commands, hosts: list[Host], spec: "TpuVm"):
-        quiet = Quiet(dry_run=commands.dry_run, yes=commands.yes, say=commands.say)
-        super().__init__(name, quiet, hosts, spec.folder, lambda i: {})
+        quiet = Quiet(dry_run=commands.dry_run, yes=commands.yes, take_over=commands.take_over, say=commands.say)
+        # The TPU, or an error: never the CPU in its place.
+        super().__init__(name, quiet, hosts, spec.folder, lambda i: {"JAX_PLATFORMS": "tpu,cpu"})
         self.spec = spec
 
     def _sync(self, run: Run) -> None:

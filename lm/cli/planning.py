@@ -49,6 +49,8 @@ def add_verbs(verbs: Any) -> None:
             verb.add_argument("--out", metavar="DIR", help="default: the name of the launch")
         if name in ("up", "delete"):
             verb.add_argument("--yes", action="store_true", help="do not ask")
+        if name != "write":
+            verb.add_argument("--take-over", action="store_true", help="also what somebody else has launched")
         verb.add_argument("--dry-run", action="store_true", help="print the commands, and do nothing")
         verb.set_defaults(launch=name)
 
@@ -94,7 +96,11 @@ def _launch(options: argparse.Namespace) -> None:
     def load(overrides: list[str]) -> "Config":
         return load_config(argparse.Namespace(config=options.config, overrides=overrides))
 
-    given = {name: getattr(options, name) for name in ("follow", "yes", "out", "allow") if hasattr(options, name)}
+    given = {
+        name: getattr(options, name)
+        for name in ("follow", "yes", "out", "allow", "take_over")
+        if hasattr(options, name)
+    }
     launch(
         options.launch,
         options.machines,

@@ -1,5 +1,10 @@
 """Runs in the background of this machine: the verbs, and what is refused."""
 
+import contextlib
+import getpass
+import os
+import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -33,6 +38,10 @@ def machines(folder: Path) -> Iterator[Path]:
     subprocess.run(command("stop", path), cwd=folder, env=environment(folder), capture_output=True)
 
 
+def name() -> str:
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
 def steps_reach(folder: Path, count: int) -> None:
     until = time.monotonic() + 90
     path = folder / "run" / "metrics.jsonl"
@@ -48,7 +57,7 @@ def test_from_nothing_to_a_run_that_is_stopped_and_goes_on(launch: Launch, machi
     assert "0: running" in launch("status", machines).stdout
     assert "running already" in launch(*up).stdout
     refused = launch("up", machines, "config.py", code=8).stderr
-    assert f"with another config or other code; first lm launch stop {machines}" in refused
+    assert f"with another config, other code or other machines; first lm launch stop {machines}" in refused
     assert "still runs there" in launch("delete", machines, "--yes", code=8).stderr
     stopped = launch("stop", machines).stdout
     assert stopped.count("ended with 75: stopped and saved") == 2
@@ -78,12 +87,68 @@ def test_what_is_followed_gives_its_exit_code(launch: Launch, machines: Path, fo
 def test_a_name_that_somebody_else_has(launch: Launch, machines: Path, folder: Path) -> None:
     own = folder / "lm-launches" / "tiny"
     own.mkdir(parents=True)
-    (own / "owner").write_text("eve@laptop:/src\n")
+    (own / "owner").write_text("0123 eve@laptop\n")
     said = launch("up", machines, "config.py", code=8).stderr
-    assert "a launch of this name is there, of eve@laptop:/src: take another name" in said
-    assert "is a launch of eve@laptop:/src" in launch("delete", machines, "--yes", code=8).stderr
-    assert (own / "owner").read_text() == "eve@laptop:/src\n"
+    assert "a launch of this name is there, of eve@laptop: take another name" in said
+    for verb in (("stop", machines), ("delete", machines, "--yes")):
+        assert "a launch of this name is there, of eve@laptop" in launch(*verb, code=8).stderr
+    assert (own / "owner").read_text() == "0123 eve@laptop\n"
     assert not (folder / "run").exists()
+    launch("up", machines, "config.py", "--take-over", "--follow")
+    assert (own / "owner").read_text() == f"{(folder / '.config/lm/id').read_text().strip()} {name()}\n"
+    launch("delete", machines, "--yes")
+    assert not own.exists()
+
+
+def test_one_is_oneself_under_another_host_name(launch: Launch, machines: Path, folder: Path) -> None:
+    launch("up", machines, "config.py", "--follow")
+    own = folder / "lm-launches" / "tiny"
+    (own / "owner").write_text(f"{(folder / '.config/lm/id').read_text().strip()} ann@old-name\n")
+    launch("delete", machines, "--yes")
+    assert not own.exists()
+
+
+def test_setup_that_takes_long(launch: Launch, machines: Path, folder: Path) -> None:
+    """It runs from the start on, and can be stopped."""
+    setup = """setup=('[ -z "$own" ] || sleep 15',),"""  # in the run itself, not where Python is looked at
+    machines.write_text(machines.read_text().replace("    python=", f"    {setup}\n    python="))
+    assert "is running: " in launch("up", machines, "config.py").stdout
+    assert "0: running" in launch("status", machines).stdout
+    assert launch("stop", machines).stdout.count("ended with 75") == 2
+    assert not (folder / "run").exists()
+
+
+def test_processes_of_another_number_do_not_mix(launch: Launch, machines: Path, folder: Path) -> None:
+    up = ("up", machines, "config.py", "--train.steps=100000")
+    launch(*up, "--local.processes=1")
+    refused = launch(*up, code=8).stderr
+    assert "    0: it is running there with another config, other code or other machines" in refused
+    launch("stop", machines, "--local.processes=1")
+    launch(*up)
+    (folder / "lm-launches" / "tiny" / "0" / "pid").read_text()
+    refused = launch(*up, "--local.processes=1", code=8).stderr
+    assert "other machines; first lm launch stop" in refused
+    launch("stop", machines)
+
+
+def test_a_view_that_is_lost_is_no_end(launch: Launch, machines: Path, folder: Path) -> None:
+    launch("up", machines, "config.py", "--train.steps=100")
+    process = subprocess.Popen(
+        command("logs", machines, "--follow"), cwd=folder, env=environment(folder), stdout=subprocess.PIPE, text=True
+    )
+    steps_reach(folder, 5)
+    ended = 0
+    while ended < 2 and process.poll() is None:  # both views
+        tails = subprocess.run(["pgrep", "-f", f"tail .*{folder}|tail -n 100 -F --pid"], capture_output=True, text=True)
+        for pid in map(int, tails.stdout.split()):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{pid}/cwd") == str(folder / "lm-launches" / "tiny"):
+                    os.kill(pid, signal.SIGKILL)
+                    ended += 1
+        time.sleep(0.05)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "all 100 steps are done" in out
 
 
 def test_two_at_once_start_one_run(machines: Path, folder: Path, launch: Launch) -> None:

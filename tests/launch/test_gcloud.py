@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from launch.commands import Commands
+from launch.owner import Owner
 from launch.tpu_slices import Found, Slices
 from launch.tpu_vm import TpuVm
 
+OWNER = Owner("0123456789abcdef", "ann@laptop")
 Ask = Callable[[list[str]], subprocess.CompletedProcess[str]]
 
 
@@ -60,7 +62,7 @@ def test_creation(ask: Ask, topology: str, slices: int, provisioning: str) -> No
         labels=("a=b",),
         create_options=("--network=other", "--internal-ips"),
     )
-    takes(ask, ["gcloud", *Slices("tiny", spec, Commands()).creation()])
+    takes(ask, ["gcloud", *Slices("tiny", spec, Commands(), OWNER).creation()])
 
 
 class Asked(Commands):
@@ -76,13 +78,14 @@ class Asked(Commands):
 
 def test_all_others(ask: Ask) -> None:
     commands = Asked()
-    slices = Slices("tiny", TpuVm(zone="us-east5-a", topology="v5e:2x2"), commands)
+    slices = Slices("tiny", TpuVm(zone="us-east5-a", topology="v5e:2x2"), commands, OWNER)
     slices.check_offered()
     slices.find()
+    slices.elsewhere()
     slices.delete(Found("ready", nodes=(("tiny", 1),)))
     slices.delete(Found("ready", queued=True))
     asked = [*commands.asked, [*slices.ssh("tiny", 0), "true"]]
-    assert len(asked) == 6
+    assert len(asked) == 8
     for command in asked:
         takes(ask, command)
 

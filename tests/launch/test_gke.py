@@ -10,8 +10,10 @@ import pytest
 
 from launch.commands import Commands
 from launch.config import Machines
-from launch.fits import check_fits
-from launch.gke import Bucket, Gke, manifests
+from launch.fits import check_fits, check_mesh
+from launch.gke import Bucket, Gke
+from launch.gke_manifests import manifests
+from launch.owner import Owner
 from launch.target import Run
 from lm import config as configs
 from lm.chips import TPUS
@@ -22,23 +24,30 @@ from lm.plan.topology import shapes
 
 from .conftest import ROOT, Launch, command, environment
 
+OWNER = Owner("0123456789abcdef", "ann@laptop")
 RUN = Run(configs.to_json(Config()), "python3", (), ("A=b c",))
 TPU = Gke(image="r/lm:1", topology="v5p:4x4x4", slices=2, spot=True, service_account="me", memory="400Gi")
 GPU = Gke(
-    image="r/lm:1", gpu="nvidia-h100-80gb", nodes=4, reservation="ours", queue="q", buckets=(Bucket("b-1", "/b"),)
+    image="r/lm:1",
+    gpu="nvidia-h100-80gb",
+    nodes=4,
+    reservation="ours",
+    queue="q",
+    buckets=(Bucket("b-1", "/b"),),
+    secrets=("hugging-face",),
 )
 ONE = Gke(image="r/lm:1", topology="v5e:1x1")
 
 
 def jobset(gke: Gke) -> dict[str, Any]:
-    return manifests("tiny", gke, RUN)[1]
+    return manifests("tiny", gke, RUN, OWNER)[1]
 
 
 @pytest.mark.parametrize("gke", [TPU, GPU, ONE], ids=["tpu", "gpu", "one"])
 def test_the_schemas_take_all_of_it(gke: Gke) -> None:
     """The models are made from the OpenAPI schemas; what they do not know, they leave out when they write it."""
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="comes with the extra `test`")
-    config, made = manifests("tiny", gke, RUN)
+    config, made = manifests("tiny", gke, RUN, OWNER)
     for text, model in ((config, models.IoK8sApiCoreV1ConfigMap), (made, models.JobsetV1alpha2JobSet)):
         read = model.from_dict(text)
         assert json.loads(json.dumps(read.to_dict())) == text
@@ -88,10 +97,10 @@ def test_two_spot_slices() -> None:
 def test_exit_codes_that_end_the_run_and_those_that_do_not() -> None:
     job = jobset(TPU)["spec"]["replicatedJobs"][0]["template"]["spec"]
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [2, 4, 7, 130]}
+    assert rule["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [1, 2, 3, 4, 7, 130]}
     assert job["template"]["spec"]["restartPolicy"] == "Never", "what a podFailurePolicy needs"
     policy = jobset(TPU)["spec"]["failurePolicy"]
-    assert policy["maxRestarts"] == 100
+    assert policy["maxRestarts"] == 20
     assert policy["rules"] == [
         {"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     ], "all others, 6 and 75 among them, start again"
@@ -111,9 +120,43 @@ def test_gpu_nodes_find_each_other() -> None:
     assert made["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "q"}
 
 
-def test_grace_is_longer_than_the_shortest_save_that_is_waited_for() -> None:
+def test_grace_is_as_long_as_the_watchdog_lets_a_save_go_on() -> None:
     pod = jobset(TPU)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert pod["terminationGracePeriodSeconds"] == 600
+    watchdog = Config().watchdog
+    assert pod["terminationGracePeriodSeconds"] >= max(watchdog.save_seconds, watchdog.step_seconds)
+
+
+def test_a_gpu_image_finds_the_driver_and_a_backend_is_never_replaced_by_the_cpu() -> None:
+    def script(gke: Gke) -> str:
+        text = jobset(gke)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0][
+            "command"
+        ][2]
+        head = text.rpartition("exec ")[0] + 'echo "$JAX_PLATFORMS|$PATH|$LD_LIBRARY_PATH"'
+        clean = {"PATH": "/usr/bin:/bin"}
+        return subprocess.run(
+            ["bash", "-c", head], env=clean, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    assert script(GPU) == "cuda|/usr/local/nvidia/bin:/usr/bin:/bin|/usr/local/nvidia/lib64"
+    assert script(TPU) == "tpu,cpu|/usr/bin:/bin|"
+
+
+def test_containers() -> None:
+    pod = jobset(GPU)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert pod["shareProcessNamespace"] is True
+    assert container["envFrom"] == [{"secretRef": {"name": "hugging-face"}}]
+    assert container["imagePullPolicy"] == "Always"
+    assert container["command"][2].rstrip().endswith("-m lm train /config/config.json --supervise")
+    pinned = jobset(Gke(image="r/lm@sha256:12", topology="v5e:1x1"))
+    assert '"imagePullPolicy": "IfNotPresent"' in json.dumps(pinned)
+
+
+def test_a_mesh_that_gpus_do_not_make_is_refused() -> None:
+    large = configs.load(str(ROOT / "configs" / "llama3_8b.py"), Config)
+    with pytest.raises(ConfigError, match="mesh"):
+        check_mesh(configs.override(large, ["--mesh.tensor=3"]), 32)
+    assert check_mesh(large, 32).startswith("mesh on 32 GPUs: ")
 
 
 @pytest.mark.parametrize("name", TPUS)
@@ -172,11 +215,41 @@ assert arguments[:2] == ["--namespace", "default"], arguments
 verb, *rest = arguments[2:]
 if "refuse" in state:
     sys.exit(state["refuse"])
-if verb == "get" and rest[0] == "jobset":
-    if rest[1] in state:
-        print(json.dumps(state[rest[1]]))
+# What happens in the cluster, one after the other: what pods there are and in what state, what they have written, and
+# how the JobSet has ended.
+phases = state.get("phases", [{{}}])
+phase = phases[min(state.get("phase", 0), len(phases) - 1)]
+pods = phase.get("pods", {{}})
+if verb == "get" and rest[0] in ("jobset", "configmap"):
+    found = state.get(rest[1])
+    if found and "terminal" in phase:
+        found["status"] = {{"terminalState": phase["terminal"]}}
+    if found:
+        print(json.dumps(found))
+elif verb == "get" and rest[0] == "pods" and rest[-1] == "json":
+    print(json.dumps({{"items": [
+        {{"metadata": {{"name": pod}}, "status": {{"containerStatuses": [{{"name": "train", "state": {{of: {{}}}}}}]}}}}
+        for pod, of in pods.items()
+    ]}}))
+    if all(of == "waiting" for of in pods.values()):
+        state["phase"] = state.get("phase", 0) + 1
 elif verb == "get" and rest[0] == "pods":
     print("0 6 4 6" if "jsonpath" in rest[-1] else "POD STATE NODE CODE")
+elif verb == "logs" and "phases" in state:
+    since = next((word.partition("=")[2] for word in rest if word.startswith("--since-time=")), "")
+    if not pods:
+        print("No resources found in default namespace.", file=sys.stderr)
+    for pod, of in pods.items():
+        if of == "waiting":
+            why = f'container "train" in pod "{{pod}}" is waiting to start: ContainerCreating'
+            print(f"Error from server (BadRequest): {{why}}", file=sys.stderr)
+            if "--ignore-errors" not in rest:
+                sys.exit(1)
+    for line in phase.get("lines", ()):
+        pod, at, text = line.split(" ", 2)
+        if at >= since:
+            print(f"[pod/{{pod}}/train] {{at}} {{text}}")
+    state["phase"] = state.get("phase", 0) + 1  # and the connection ends
 elif verb == "apply" and rest == ["-f", "-"]:
     given = json.load(sys.stdin)
     if "slow" in state:
@@ -240,6 +313,30 @@ def test_one_that_has_ended_is_made_again(launch: Launch, state: Path) -> None:
     assert "status" not in json.loads(state.read_text())["tiny"]
 
 
+def test_followed_from_the_first_pod_to_the_last(launch: Launch, state: Path) -> None:
+    first = ["tiny-a 2026-01-01T00:00:01.5Z one", "tiny-a 2026-01-01T00:00:02Z two"]
+    phases = [
+        {},
+        {"pods": {"tiny-a": "waiting"}},
+        {"pods": {"tiny-a": "running"}, "lines": first},
+        {"pods": {"tiny-a": "running"}, "lines": [*first, "tiny-a 2026-01-01T00:00:02.25Z three"]},
+        {"pods": {"tiny-b": "waiting"}},  # all pods were made anew
+        {"pods": {"tiny-b": "running"}, "lines": ["tiny-b 2026-01-01T00:01:00Z four"]},
+        {"pods": {"tiny-b": "terminated"}, "lines": ["tiny-b 2026-01-01T00:02:00Z five"], "terminal": "Failed"},
+    ]
+    state.write_text(json.dumps({"phases": phases}))
+    ended = launch("up", "machines.py", "config.py", "--yes", "--follow", code=4)
+    shown = [line for line in ended.stdout.splitlines() if line.startswith("[pod/")]
+    assert shown == [
+        "[pod/tiny-a/train] one",
+        "[pod/tiny-a/train] two",
+        "[pod/tiny-a/train] three",
+        "[pod/tiny-b/train] four",
+        "[pod/tiny-b/train] five",
+    ]
+    assert "lm: tiny ended with 4: diverged" in ended.stderr
+
+
 @pytest.mark.parametrize(("state_at_end", "code"), [("Failed", 4), ("Completed", 0)])
 def test_what_is_followed_gives_its_exit_code(launch: Launch, state: Path, state_at_end: str, code: int) -> None:
     launch("up", "machines.py", "config.py", "--yes")
@@ -251,16 +348,33 @@ def test_what_is_followed_gives_its_exit_code(launch: Launch, state: Path, state
     assert ("lm: tiny ended with 4: diverged" in said.stderr) == bool(code)
 
 
-def test_what_is_somebody_elses_is_left_alone(launch: Launch, state: Path) -> None:
-    other = {"tiny": {"metadata": {"annotations": {"lm/launched-by": "eve@laptop:/src"}}, "spec": {}}}
+@pytest.mark.parametrize("name", ["tiny", "lm-tiny-config"])
+def test_what_is_somebody_elses_is_left_alone(launch: Launch, state: Path, name: str) -> None:
+    notes = {"annotations": {"lm/launched-by": "0123 eve@laptop", "lm/launched": "x"}}
+    other = {name: {"metadata": notes, "spec": {}, "status": {"terminalState": "Failed"}}}
     state.write_text(json.dumps(other))
-    for verb in (
+    verbs = (
         ("up", "machines.py", "config.py", "--yes"),
         ("stop", "machines.py"),
         ("delete", "machines.py", "--yes"),
-    ):
-        assert "there is a JobSet tiny of eve@laptop:/src: take another name" in launch(*verb, code=8).stderr
+    )
+    for verb in verbs:
+        assert "a launch of this name is there, of eve@laptop: take another name" in launch(*verb, code=8).stderr
     assert json.loads(state.read_text()) == other
+    launch(*verbs[0], "--take-over")
+    assert "eve@" not in state.read_text()
+    state.write_text(json.dumps(other))
+    launch(*verbs[2], "--take-over")
+    assert json.loads(state.read_text()) == {}
+
+
+def test_the_question_before_deleting_says_what_goes(launch: Launch, state: Path) -> None:
+    launch("up", "machines.py", "config.py", "--yes")
+    said = launch("delete", "machines.py", code=2).stderr
+    assert (
+        "Delete the JobSet tiny, which has not ended, and the ConfigMap lm-tiny-config, in the namespace default"
+        in said
+    )
 
 
 def test_a_cluster_that_does_not_answer(launch: Launch, state: Path) -> None:
@@ -276,6 +390,9 @@ def test_no_kubectl(launch: Launch, state: Path, folder: Path, monkeypatch: pyte
         "there is no program 'kubectl' on this machine; install it"
         in launch("up", "machines.py", "config.py", code=8).stderr
     )
+    for more in ((), ("--follow",)):
+        said = launch("logs", "machines.py", *more, code=8).stderr
+        assert "there is no program 'kubectl' on this machine; install it" in said
 
 
 def test_what_does_not_fit_reaches_no_cluster(launch: Launch, state: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from launch.local import free_port
 
-from .conftest import Launch, interrupted, losses, undisturbed
+from .conftest import Launch, command, environment, interrupted, losses, undisturbed
 
 MACHINES = """
 import sys
@@ -174,6 +174,51 @@ def test_preempted_it_is_queued_again_and_goes_on(launch: Launch, machines: Path
     assert not run("squeue", "-h", "--me"), "stopped, it is not queued again"
 
 
+def wrapped(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str) -> None:
+    """Puts a script in the place of a program of SLURM, which is "$real" in it."""
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / name).write_text(f"#!/bin/bash\nreal={shutil.which(name)}\n{script}\n")
+    (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+
+
+def test_an_answer_of_sbatch_that_is_lost(
+    launch: Launch, machines: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapped(
+        folder,
+        monkeypatch,
+        "sbatch",
+        '"$real" "$@" > /dev/null; echo "sbatch: error: Batch job submission failed: Socket timed out" >&2; exit 1',
+    )
+    said = launch("up", machines, "config.py", *MANY).stdout
+    assert f"tiny is job {job(folder)}: " in said
+    (folder / "lm-launches" / "tiny" / "job").unlink()  # as when `up` was killed before it had the answer
+    assert "RUNNING" in launch("status", machines).stdout or "PENDING" in launch("status", machines).stdout
+    assert "already" in launch("up", machines, "config.py", *MANY).stdout
+    assert len(run("squeue", "-h", "--me").splitlines()) == 1
+    launch("stop", machines)
+    assert not run("squeue", "-h", "--me")
+
+
+def test_a_view_that_is_lost_is_no_end(
+    launch: Launch, machines: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = f"[ ! -e {folder}/lost ] || {{ echo timed out >&2; exit 1; }}"
+    wrapped(folder, monkeypatch, "squeue", f'{lost}; exec "$real" "$@"')
+    launch("up", machines, "config.py", *LONG)
+    follow = subprocess.Popen(
+        command("logs", machines, "--follow"), cwd=folder, env=environment(folder), stdout=subprocess.PIPE, text=True
+    )
+    wait((folder / "run" / "metrics.jsonl").exists)
+    (folder / "lost").write_text("")
+    time.sleep(5)
+    (folder / "lost").unlink()
+    out, _ = follow.communicate(timeout=120)
+    assert follow.returncode == 0, out
+    assert "all 60 steps are done" in out
+
+
 @pytest.mark.slow
 def test_it_ends_as_if_nothing_had_been(launch: Launch, machines: Path, folder: Path) -> None:
     """Asked to save as before its time is over, then killed without warning, then launched again."""
@@ -218,9 +263,9 @@ def test_from_a_laptop_through_a_login_node(launch: Launch, machines: Path, fold
     assert "ended with 0: done" in launch("status", machines).stdout
     owner = folder / "login" / "lm-launches" / "tiny" / "owner"
     mine = owner.read_text()
-    owner.write_text("eve@laptop:/src\n")
-    assert "a launch of this name is there, of eve@laptop:/src" in launch("up", machines, "config.py", code=8).stderr
-    assert "it is a launch of eve@laptop:/src" in launch("delete", machines, "--yes", code=8).stderr
+    owner.write_text("0123 eve@laptop\n")
+    for verb in (("up", machines, "config.py"), ("stop", machines), ("delete", machines, "--yes")):
+        assert "a launch of this name is there, of eve@laptop" in launch(*verb, code=8).stderr
     owner.write_text(mine)
     launch("delete", machines, "--yes")
     assert not (folder / "login" / "lm-launches" / "tiny").exists()
@@ -240,6 +285,7 @@ def test_what_the_cluster_refuses(launch: Launch, machines: Path) -> None:
         ("--slurm.time=tomorrow", "slurm.time: must be as 30, 24:00:00 or 7-00:00:00"),
         ("--slurm.options=--qos=high", "slurm.options: stand without --"),
         ("--slurm.gpus_per_node=3", "slurm.gpus_per_node: 3 cannot be shared by 2 processes"),
+        ("--slurm.gpus_per_node=8", "batch of 4 cannot be split over mesh axes fsdp of 8"),
     ],
 )
 def test_jobs_that_cannot_be(launch: Launch, folder: Path, argument: str, said: str) -> None:
@@ -275,11 +321,53 @@ def test_no_slurm_here(launch: Launch, folder: Path) -> None:
     assert "no SLURM there" in launch("up", "machines.py", "config.py", code=8).stderr
 
 
+def test_the_code_of_the_run_outlives_the_signal_that_ends_it(launch: Launch, folder: Path) -> None:
+    """Asked to save, the run may end while the job still handles the signal."""
+    (folder / "machines.py").write_text(MACHINES.format(processes=1))
+    launch("write", "machines.py", "config.py", "--out", "out")
+    stubs = {
+        "srun": "while [ ! -e asked ]; do sleep 0.05; done; exit 75",
+        "scancel": "touch asked; sleep 1",
+        "scontrol": "echo localhost",
+    }
+    (folder / "bin").mkdir()
+    for name, text in stubs.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    mine = os.environ | {"PATH": path, "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a"}
+    script = subprocess.Popen(["bash", "job.sh"], cwd=folder / "out", env=mine)
+    time.sleep(1)
+    script.terminate()
+    assert script.wait(20) == 75
+    assert (folder / "out" / "exit").read_text() == "75\n"
+    assert (folder / "out" / "job").read_text() == "1\n"
+
+
+def test_another_config_is_another_file(launch: Launch, folder: Path) -> None:
+    """So that an `up` that is refused changes nothing for the job that there is."""
+    (folder / "machines.py").write_text(MACHINES.format(processes=1))
+    for steps in (1, 2):
+        launch("write", "machines.py", "config.py", "--out", "out", f"--train.steps={steps}")
+        assert len(found := sorted((folder / "out").glob("config*.json"))) == steps
+        assert any(path.name in (folder / "out" / "job.sh").read_text() for path in found)
+
+
 def test_the_script_is_bash(launch: Launch, folder: Path) -> None:
     (folder / "machines.py").write_text(MACHINES.format(processes=2))
-    launch("write", "machines.py", "config.py", "--out", "out", "--slurm.gpus_per_node=8", "--slurm.options=qos=high")
+    launch(
+        "write",
+        "machines.py",
+        "config.py",
+        "--out",
+        "out",
+        "--slurm.gpus_per_node=8",
+        "--slurm.options=qos=high",
+        "--train.batch_size=8",
+    )
     subprocess.run(["bash", "-n", folder / "out" / "job.sh"], check=True)
     script = (folder / "out" / "job.sh").read_text()
     for line in ("--requeue", "--signal=B:TERM@180", "--gpus-per-node=8", "--qos=high", "--ntasks=2"):
         assert f"\n#SBATCH {line}\n" in script
+    assert "export JAX_PLATFORMS=cuda\n" in script
     assert "CUDA_VISIBLE_DEVICES=$(seq -s, $((SLURM_LOCALID * 4)) $((SLURM_LOCALID * 4 + 3)))" in script

@@ -54,7 +54,7 @@ def test_trains_on_two_hosts_and_is_removed(launch: Launch, folder: Path, two: t
     assert len(losses(folder / "run")) == 12
     for name in ("a", "b"):
         (code,) = (folder / name / "lm-launches" / "tiny").glob("code-*")
-        assert (code / "lm" / "cli.py").read_bytes() == (ROOT / "lm" / "cli.py").read_bytes()
+        assert (code / "lm" / "config.py").read_bytes() == (ROOT / "lm" / "config.py").read_bytes()
         assert not (code / ".git").exists()
     launch("delete", machines, "--yes")
     assert not (folder / "a" / "lm-launches" / "tiny").exists()
@@ -117,6 +117,15 @@ def test_no_space_on_one(launch: Launch, folder: Path, two: tuple) -> None:
     finally:
         servers.end()
         subprocess.run(["umount", "-l", folder / "b"], check=True)
+
+
+def test_hosts_that_are_left_out_are_named(launch: Launch, folder: Path, two: tuple) -> None:
+    host, servers = two
+    a, b = host("a"), host("b")
+    launch("up", machines_file(servers, a, b), "config.py", "--follow")
+    said = launch("up", machines_file(servers, b), "config.py", "--train.steps=13").stdout
+    assert f"tiny was on {a} too, at which is not looked now" in said
+    assert "tiny was on" not in launch("up", machines_file(servers, b, a), "config.py", "--train.steps=14").stdout
 
 
 def test_no_python_there(launch: Launch, folder: Path, two: tuple) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from launch.commands import Commands, Interrupted
+from launch.tpu_follow import over
 from launch.tpu_vm import TpuVm, target
 
 from .conftest import environment, losses, undisturbed
@@ -31,7 +32,7 @@ config = Machines(
     tpu_vm=TpuVm(zone="us-east5-a", topology="v5e:1x1", provisioning="spot", price=1.5, install=("echo one >> ~/i",),
                  wait_seconds=20),
     python=sys.executable,
-    environment=("JAX_DISABLE_MOST_OPTIMIZATIONS=true", "LM_HEARTBEAT_SECONDS=4"),
+    environment=("JAX_PLATFORMS=cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS=true", "LM_HEARTBEAT_SECONDS=4"),
 )
 """
 # As `python -m lm`, but the cloud is not asked every 20 s; and the code may change once it was packed.
@@ -48,9 +49,13 @@ def once(*where):
     return pack(*where)
 
 tree.pack = once
-import launch.tpu_vm as t
+import launch.patience
+import launch.tpu_bring
+import launch.tpu_follow
 
-t.POLL_SECONDS = 0.1
+launch.tpu_bring.POLL_SECONDS = launch.patience.FIRST_SECONDS = 0.1
+launch.patience.GIVE_UP_SECONDS = float(os.environ.get("GIVE_UP_SECONDS", 60))
+launch.tpu_follow.SILENT_LOOKS = 3
 from lm.cli import main
 sys.exit(main())
 """
@@ -260,6 +265,139 @@ def test_a_host_that_was_started_anew_goes_on(cloud: Cloud, folder: Path) -> Non
     assert len(cloud.asked("create")) == 1
 
 
+def test_one_failure_of_each_kind_ends_nothing(cloud: Cloud, folder: Path) -> None:
+    """At the first start, after a preemption, and in the end."""
+    cloud.behave(ssh_fails="echo one")
+    process = cloud.start("up", cloud.machines, "config.py", "--yes", "--follow", "--train.steps=60")
+    steps_reach(folder, 8, process)
+    cloud.behave(ssh_fails="echo one", refuse_delete="503: The service is currently unavailable", refuse_delete_times=3)
+    cloud.preempt("tiny")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    assert out.count("what lm needs could not be installed") == 2
+    assert out.count("503: The service") == 3
+    assert "all 60 steps are done" in out
+    assert out.rstrip().endswith("deleted; nothing costs")
+    assert cloud.state["nodes"] == {}
+
+
+def test_what_never_starts_is_given_up_and_removed(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIVE_UP_SECONDS", "1")
+    said = cloud.up("--follow", "--tpu_vm.install=false", code=8)
+    assert "given up, as nothing has started for so long; the machines were deleted. `lm launch up" in said
+    assert cloud.state["nodes"] == {}
+    cloud.up("--tpu_vm.install=false", code=8)
+    assert "tiny" in cloud.state["nodes"], "without --follow somebody is there"
+
+
+def test_the_code_of_a_run_that_failed_is_not_lost_when_its_machines_stay(
+    cloud: Cloud, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIVE_UP_SECONDS", "1")
+    (folder / "run").write_text("a file where the run's folder should be")
+    cloud.behave(refuse_delete="503: The service is currently unavailable", refuse_delete_times=1000)
+    assert "lm: tiny ended with 2: config or usage" in cloud.up("--follow", code=2)
+    assert "tiny" in cloud.state["nodes"]
+
+
+def test_a_request_does_not_outlive_up(cloud: Cloud) -> None:
+    cloud.behave(polls=10**6)
+    said = cloud.up("--tpu_vm.request=queued", "--tpu_vm.wait_seconds=1", code=8)
+    assert "WAITING_FOR_RESOURCES: `lm launch up" in said or "they are FAILED. its time is over" in said
+    assert "The request was deleted" in said
+    assert cloud.state == {"nodes": {}, "queued": {}}
+    assert "--valid-until-duration=1s" in cloud.asked("create")[0]
+
+
+def test_followed_it_is_asked_again_when_its_time_is_over(cloud: Cloud) -> None:
+    cloud.behave(polls=10**6)
+    more = ("--tpu_vm.request=queued", "--tpu_vm.wait_seconds=3")
+    process = cloud.start("up", cloud.machines, "config.py", "--yes", "--follow", *more)
+    until = time.monotonic() + 60
+    while len(cloud.asked("create")) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    cloud.behave(polls=1)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    assert "all 12 steps are done" in out
+    assert cloud.state == {"nodes": {}, "queued": {}}
+
+
+def test_what_costs_in_another_zone_is_told(cloud: Cloud) -> None:
+    cloud.up("--train.steps=100000")
+    cloud.behave(zones=json.loads((cloud.here / "behave.json").read_text())["zones"] | {"us-east1-b": [V5E]})
+    for verb in ("status", "delete"):
+        said = cloud.launch(verb, cloud.machines, "--tpu_vm.zone=us-east1-b")
+        assert "there are no machines of tiny in us-east1-b; but of this launch there is, and costs money" in said
+        assert "tiny in us-east5-a" in said
+        assert "nothing costs" not in said
+
+
+@pytest.mark.slow
+def test_a_host_that_never_answers_again_is_replaced(cloud: Cloud, folder: Path) -> None:
+    more = ("--tpu_vm.topology=v5p:2x2x2", "--train.batch_size=8", "--train.steps=40")
+    process = cloud.start("up", cloud.machines, "config.py", "--yes", "--follow", *more)
+    steps_reach(folder, 5, process)
+    cloud.behave(ssh_refused=["tiny/1"])
+    for worker in ("0", "1"):
+        disk = cloud.here / "disks" / "tiny" / worker
+        pid = (disk / "lm-launches" / "tiny" / worker / "pid").read_text()
+        os.kill(int(pid), signal.SIGKILL)
+    until = time.monotonic() + 60
+    while len(cloud.asked("create")) < 2:
+        assert time.monotonic() < until
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    cloud.behave(ssh_refused=[])
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    assert "no answer from 1: asking again" in out
+    assert "the machines are not answering: getting them again" in out
+    assert "all 40 steps are done" in out
+
+
+def test_stopped_by_somebody_else_the_machines_stay(cloud: Cloud, folder: Path) -> None:
+    process = cloud.start("up", cloud.machines, "config.py", "--yes", "--follow", "--train.steps=100000")
+    steps_reach(folder, 5, process)
+    assert "The machines stay" in cloud.launch("stop", cloud.machines)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, out + err
+    assert "The machines stay: what is there costs $1.50 an hour" in out
+    assert "tiny" in cloud.state["nodes"]
+
+
+def test_stopped_by_the_machine_the_run_goes_on(cloud: Cloud, folder: Path) -> None:
+    process = cloud.start("up", cloud.machines, "config.py", "--yes", "--follow", "--train.steps=60")
+    steps_reach(folder, 5, process)
+    pid = cloud.here / "disks" / "tiny" / "0" / "lm-launches" / "tiny" / "0" / "pid"
+    os.kill(int(pid.read_text()), signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    assert "the machines are not running: getting them again" in out
+    assert "all 60 steps are done" in out
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        (["0", "0"], True),
+        (["0", "running"], False),
+        (["6", ""], False),
+        (["0", ""], True),
+        (["4", ""], True),
+        (["stopped", ""], True),
+        (["75", "75"], False),
+        (["75", "6"], False),
+        (["6", "1"], True),
+        (["0", "none"], False),
+        ([""], False),
+    ],
+)
+def test_when_a_run_is_over(ends: list[str], said: bool) -> None:
+    assert over(ends) is said
+
+
 def test_a_dry_run_asks_nothing_of_the_cloud(cloud: Cloud, folder: Path) -> None:
     before = sorted(folder.rglob("*"))
     said = cloud.launch("up", cloud.machines, "config.py", "--dry-run", "--follow", "--tpu_vm.topology=v5p:2x2x2",
@@ -278,7 +416,9 @@ def test_a_dry_run_asks_nothing_of_the_cloud(cloud: Cloud, folder: Path) -> None
 def test_written_for_others(cloud: Cloud, folder: Path) -> None:
     cloud.launch("write", cloud.machines, "config.py", "--out", "out", "--tpu_vm.slices=2", "--mesh.data=2")
     assert "queued-resources \\\n    create" in (folder / "out" / "create.sh").read_text()
-    assert "-m lm train" in (folder / "out" / "1" / "run.sh").read_text()
+    program = (folder / "out" / "1" / "run.sh").read_text()
+    assert "-m lm train" in program
+    assert program.index("export JAX_PLATFORMS=tpu,cpu\n") < program.index("export JAX_PLATFORMS=cpu\n")
     assert cloud.calls == []
 
 
@@ -334,8 +474,8 @@ def test_a_tree_that_is_too_large_is_refused_before_anything_costs(
 
 
 def test_ctrl_c_between_two_stages_tells_what_costs() -> None:
-    machines = target("tiny", TpuVm(zone="us-east5-a", topology="v5e:1x1"), Commands())
-    with pytest.raises(Interrupted, match="what is there costs money, until `lm launch delete"), machines._paid():
+    machines = target("tiny", TpuVm(zone="us-east5-a", topology="v5e:1x1"), Commands()).machines
+    with pytest.raises(Interrupted, match="what is there costs money, until `lm launch delete"), machines.paid():
         raise KeyboardInterrupt
 
 
@@ -351,7 +491,7 @@ def test_there_is_no_gcloud(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> No
     assert "there is no program 'gcloud' on this machine; install it" in cloud.up(code=8)
 
 
-@pytest.mark.parametrize("labels", [{}, {"lm-launch": "tiny", "lm-owner": "eve"}])
+@pytest.mark.parametrize("labels", [{}, {"lm-launch": "tiny", "lm-owner": "0123", "lm-owner-name": "eve"}])
 def test_a_name_that_exists(cloud: Cloud, labels: dict[str, str]) -> None:
     name = "projects/p/locations/us-east5-a/nodes/tiny"
     state = {"nodes": {"tiny": {"name": name, "state": "READY", "labels": labels, "polls": 0}}, "queued": {}}
@@ -361,6 +501,10 @@ def test_a_name_that_exists(cloud: Cloud, labels: dict[str, str]) -> None:
         assert "there is a TPU called tiny in us-east5-a already" in said
         assert ("of the launch tiny of eve" if labels else "not ours") in said
     assert cloud.state["nodes"]["tiny"]["state"] == "READY"
+    assert (
+        "nothing costs" in cloud.launch("delete", cloud.machines, "--yes", "--take-over", code=0 if labels else 8)
+        or not labels
+    )
 
 
 def test_what_is_there_is_something_else(cloud: Cloud) -> None:
@@ -368,7 +512,7 @@ def test_what_is_there_is_something_else(cloud: Cloud) -> None:
     said = cloud.up("--tpu_vm.topology=v5p:2x2x2", "--train.batch_size=8", code=8)
     assert "there are 1 x v5litepod:1x1 called tiny, which is not the 1 x v5p:2x2x2 of the machines file" in said
     said = cloud.up("--train.steps=9", code=8)
-    assert "    0: it is running there with another config or other code; first lm launch stop" in said
+    assert "    0: it is running there with another config, other code or other machines; first lm launch stop" in said
     (cloud.here / "disks" / "tiny" / "0" / "lm-launches" / "tiny" / "owner").write_text("eve@laptop:/src")
     said = cloud.up("--train.steps=100000", code=8)
     assert "    0: a launch of this name is there, of eve@laptop:/src: take another name" in said
@@ -503,7 +647,9 @@ def test_ctrl_c_tells_what_costs(cloud: Cloud, slow: dict[str, Any], verb: str, 
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130, err
     assert said in err
-    if cloud.state["nodes"] and verb != "delete":
+    if word == "tpu-vm create":
+        assert "tiny" in cloud.state["nodes"], "what was asked for is made all the same"
+    elif cloud.state["nodes"] and verb != "delete":
         assert "what is there costs $1.50 an hour, until `lm launch delete" in err
     assert "Traceback" not in err
 
