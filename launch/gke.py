@@ -142,9 +142,11 @@ class JobSet(Target):
                     (*self.kubectl, "logs", "-l", self._label, "-c", CONTAINER, "--prefix", "--tail=100")
                 )
                 return
-            if self._there("jobset", self.name) is None:
+            if (there := self._there("jobset", self.name)) is None:
                 raise LaunchError(f"there is no launch {self.name} in the cluster")
-            follow_pods(self.commands, self.kubectl, self._label, self._over)
+            jobs = there["spec"]["replicatedJobs"]
+            count = sum(one["replicas"] * one["template"]["spec"]["completions"] for one in jobs)
+            follow_pods(self.commands, self.kubectl, self._label, count, self._over)
         except KeyboardInterrupt:
             self.commands.say(f"the run goes on; {self.verb('stop')} ends it")
             return

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import IO
 
@@ -21,19 +21,19 @@ _OVERLAP = timedelta(seconds=30)
 """Clocks of nodes differ; what comes twice is left out."""
 
 
-def follow_pods(commands: Commands, kubectl: Sequence[str], label: str, over: Callable[[], bool]) -> None:
-    """Writes what containers write, each line once, until `over`. Ctrl-C ends it."""
+def follow_pods(commands: Commands, kubectl: Sequence[str], label: str, count: int, over: Callable[[], bool]) -> None:
+    """Writes what containers of so many pods write, each line once, until `over`. Ctrl-C ends it."""
     shown: dict[bytes, str] = {}
     while True:
         ended = over()
-        if ended or _started(commands, kubectl, label, over):
-            _follow(commands, kubectl, label, shown, over)
+        if ended or _started(commands, kubectl, label, count, over):
+            _follow(commands, kubectl, label, shown)
         if ended:
             return
         time.sleep(POLL_SECONDS)
 
 
-def _started(commands: Commands, kubectl: Sequence[str], label: str, over: Callable[[], bool]) -> bool:
+def _started(commands: Commands, kubectl: Sequence[str], label: str, count: int, over: Callable[[], bool]) -> bool:
     """Whether containers have started: all of them, or those that are the first by some time."""
     some_at, said = None, ""
     while True:
@@ -46,12 +46,12 @@ def _started(commands: Commands, kubectl: Sequence[str], label: str, over: Calla
             if one["name"] == CONTAINER
         ]
         started = sum(state != "waiting" for state in states)
-        if states and started == len(states):
+        if started >= count:
             return True
         some_at = some_at or (time.monotonic() if started else None)
         if some_at is not None and time.monotonic() > some_at + ALL_SECONDS:
             return True
-        what = done.why if done.code else f"{started} of {len(states)} pods have started"
+        what = done.why if done.code else f"{started} of {count} pods have started"
         if what != said:
             commands.say(what)
             said = what
@@ -60,25 +60,25 @@ def _started(commands: Commands, kubectl: Sequence[str], label: str, over: Calla
         time.sleep(POLL_SECONDS)
 
 
-def _follow(
-    commands: Commands, kubectl: Sequence[str], label: str, shown: dict[bytes, str], over: Callable[[], bool]
-) -> None:
+def _follow(commands: Commands, kubectl: Sequence[str], label: str, shown: dict[bytes, str]) -> None:
     """One `kubectl logs`, to its end: that of the containers that there are, or of the connection."""
-    where = ["--tail=100"]
-    if shown:
-        since = datetime.fromisoformat(max(shown.values())[:19]).replace(tzinfo=UTC) - _OVERLAP
-        where = ["--tail=-1", f"--since-time={since:%Y-%m-%dT%H:%M:%SZ}"]
-    argv = (
-        *(*kubectl, "logs", "-l", label, "-c", CONTAINER, "--prefix", "--timestamps", "--follow", "--ignore-errors"),
-        *("--max-log-requests=1000", *where),
-    )
-    child = commands.start(argv, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    child = commands.start(logs_command(kubectl, label, shown), stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     reader = threading.Thread(target=_copy, args=(child.stdout, shown), daemon=True)
     try:
         reader.start()
         reader.join()
     finally:
         commands.end(child)
+
+
+def logs_command(kubectl: Sequence[str], label: str, shown: Mapping[bytes, str]) -> list[str]:
+    """From a little before the newest line that was `shown`."""
+    where = ["--tail=100"]
+    if shown:
+        since = datetime.fromisoformat(max(shown.values())[:19]).replace(tzinfo=UTC) - _OVERLAP
+        where = ["--tail=-1", f"--since-time={since:%Y-%m-%dT%H:%M:%SZ}"]
+    flags = ("--prefix", "--timestamps", "--follow", "--ignore-errors", "--max-log-requests=1000")
+    return [*kubectl, "logs", "-l", label, "-c", CONTAINER, *flags, *where]
 
 
 def _copy(source: IO[bytes], shown: dict[bytes, str]) -> None:

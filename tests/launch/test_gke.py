@@ -1,6 +1,7 @@
 """Manifests against the schemas of Kubernetes and JobSet; the verbs against a stand-in for kubectl that keeps state."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from launch.commands import Commands
 from launch.config import Machines
 from launch.fits import check_fits, check_mesh
 from launch.gke import Bucket, Gke
+from launch.gke_follow import logs_command
 from launch.gke_manifests import manifests
 from launch.owner import Owner
 from launch.target import Run
@@ -335,6 +337,15 @@ def test_followed_from_the_first_pod_to_the_last(launch: Launch, state: Path) ->
         "[pod/tiny-b/train] five",
     ]
     assert "lm: tiny ended with 4: diverged" in ended.stderr
+
+
+@pytest.mark.parametrize("shown", [{}, {b"a": "2026-01-01T00:00:00.000000000"}])
+def test_what_is_asked_of_kubectl_for_logs(shown: dict[bytes, str]) -> None:
+    if not shutil.which("kubectl"):
+        pytest.skip("needs kubectl: https://kubernetes.io/docs/tasks/tools")
+    asked = logs_command(["kubectl", "--server=http://127.0.0.1:1"], "a=b", shown)
+    said = subprocess.run(asked, capture_output=True, text=True).stderr
+    assert "connection to the server 127.0.0.1:1 was refused" in said, "it was read, and sent"
 
 
 @pytest.mark.parametrize(("state_at_end", "code"), [("Failed", 4), ("Completed", 0)])

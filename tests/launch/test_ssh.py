@@ -123,9 +123,10 @@ def test_hosts_that_are_left_out_are_named(launch: Launch, folder: Path, two: tu
     host, servers = two
     a, b = host("a"), host("b")
     launch("up", machines_file(servers, a, b), "config.py", "--follow")
-    said = launch("up", machines_file(servers, b), "config.py", "--train.steps=13").stdout
+    said = launch("up", machines_file(servers, b), "config.py", "--follow", "--train.steps=13").stdout
     assert f"tiny was on {a} too, at which is not looked now" in said
-    assert "tiny was on" not in launch("up", machines_file(servers, b, a), "config.py", "--train.steps=14").stdout
+    again = launch("up", machines_file(servers, b, a), "config.py", "--follow", "--train.steps=14").stdout
+    assert "tiny was on" not in again
 
 
 def test_no_python_there(launch: Launch, folder: Path, two: tuple) -> None:

@@ -265,6 +265,7 @@ def test_a_host_that_was_started_anew_goes_on(cloud: Cloud, folder: Path) -> Non
     assert len(cloud.asked("create")) == 1
 
 
+@pytest.mark.slow
 def test_one_failure_of_each_kind_ends_nothing(cloud: Cloud, folder: Path) -> None:
     """At the first start, after a preemption, and in the end."""
     cloud.behave(ssh_fails="echo one")
@@ -309,6 +310,7 @@ def test_a_request_does_not_outlive_up(cloud: Cloud) -> None:
     assert "--valid-until-duration=1s" in cloud.asked("create")[0]
 
 
+@pytest.mark.slow
 def test_followed_it_is_asked_again_when_its_time_is_over(cloud: Cloud) -> None:
     cloud.behave(polls=10**6)
     more = ("--tpu_vm.request=queued", "--tpu_vm.wait_seconds=3")
@@ -367,6 +369,7 @@ def test_stopped_by_somebody_else_the_machines_stay(cloud: Cloud, folder: Path) 
     assert "tiny" in cloud.state["nodes"]
 
 
+@pytest.mark.slow
 def test_stopped_by_the_machine_the_run_goes_on(cloud: Cloud, folder: Path) -> None:
     process = cloud.start("up", cloud.machines, "config.py", "--yes", "--follow", "--train.steps=60")
     steps_reach(folder, 5, process)
