@@ -13,10 +13,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import lm as package
+
+if TYPE_CHECKING:
+    from .cloud import Cloud
 
 ROOT = Path(package.__file__).parent.parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -226,3 +230,15 @@ def two(servers: Servers) -> tuple[Callable[..., str], Servers]:
         raise AssertionError((servers.folder / f"{name}.log").read_text())
 
     return host, servers
+
+
+@pytest.fixture
+def cloud(folder: Path, monkeypatch: pytest.MonkeyPatch) -> "Iterator[Cloud]":
+    """A cloud of this machine."""
+    from .cloud import Cloud
+
+    made = Cloud(folder)
+    monkeypatch.setenv("LM_STAND_IN", str(made.here))
+    yield made
+    for name in made.state["nodes"]:
+        made.functions["lose_disks"](name)

@@ -203,68 +203,6 @@ def test_what_does_not_fit_is_refused() -> None:
     assert check_fits(large, "v5p:8x8x8", 1).startswith("fits v5p:8x8x8: ")
 
 
-KUBECTL = """#!{python}
-import json, sys, time
-from pathlib import Path
-
-path = Path({state!r})
-state = json.loads(path.read_text()) if path.exists() else {{}}
-calls = Path({state!r} + ".calls")
-arguments = [word for word in sys.argv[1:] if word != "--ignore-not-found"]
-with calls.open("a") as file:
-    print(" ".join(sys.argv[1:]), file=file)
-assert arguments[:2] == ["--namespace", "default"], arguments
-verb, *rest = arguments[2:]
-if "refuse" in state:
-    sys.exit(state["refuse"])
-# What happens in the cluster, one after the other: what pods there are and in what state, what they have written, and
-# how the JobSet has ended.
-phases = state.get("phases", [{{}}])
-phase = phases[min(state.get("phase", 0), len(phases) - 1)]
-pods = phase.get("pods", {{}})
-if verb == "get" and rest[0] in ("jobset", "configmap"):
-    found = state.get(rest[1])
-    if found and "terminal" in phase:
-        found["status"] = {{"terminalState": phase["terminal"]}}
-    if found:
-        print(json.dumps(found))
-elif verb == "get" and rest[0] == "pods" and rest[-1] == "json":
-    print(json.dumps({{"items": [
-        {{"metadata": {{"name": pod}}, "status": {{"containerStatuses": [{{"name": "train", "state": {{of: {{}}}}}}]}}}}
-        for pod, of in pods.items()
-    ]}}))
-    if all(of == "waiting" for of in pods.values()):
-        state["phase"] = state.get("phase", 0) + 1
-elif verb == "get" and rest[0] == "pods":
-    print("0 6 4 6" if "jsonpath" in rest[-1] else "POD STATE NODE CODE")
-elif verb == "logs" and "phases" in state:
-    since = next((word.partition("=")[2] for word in rest if word.startswith("--since-time=")), "")
-    if not pods:
-        print("No resources found in default namespace.", file=sys.stderr)
-    for pod, of in pods.items():
-        if of == "waiting":
-            why = f'container "train" in pod "{{pod}}" is waiting to start: ContainerCreating'
-            print(f"Error from server (BadRequest): {{why}}", file=sys.stderr)
-            if "--ignore-errors" not in rest:
-                sys.exit(1)
-    for line in phase.get("lines", ()):
-        pod, at, text = line.split(" ", 2)
-        if at >= since:
-            print(f"[pod/{{pod}}/train] {{at}} {{text}}")
-    state["phase"] = state.get("phase", 0) + 1  # and the connection ends
-elif verb == "apply" and rest == ["-f", "-"]:
-    given = json.load(sys.stdin)
-    if "slow" in state:
-        time.sleep(60)
-    state |= {{one["metadata"]["name"]: one for one in given["items"]}}
-elif verb == "delete":
-    state.pop(rest[1], None)
-elif verb == "logs":
-    print("a line of the log")
-else:
-    sys.exit(f"error: unknown command {{arguments}}")
-path.write_text(json.dumps(state))
-"""
 MACHINES = """
 from launch.config import Machines
 from launch.gke import Gke
@@ -276,12 +214,9 @@ config = Machines(name="tiny", gke=Gke(image="r/lm:1", topology="v5e:2x2"))
 @pytest.fixture
 def state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the cluster of a stand-in for kubectl holds, as JSON."""
-    (folder / "bin").mkdir()
-    kubectl = folder / "bin" / "kubectl"
-    kubectl.write_text(KUBECTL.format(python=sys.executable, state=str(folder / "state")))
-    kubectl.chmod(0o755)
     (folder / "machines.py").write_text(MACHINES)
-    monkeypatch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", f"{Path(__file__).parent / 'stand_in'}:{Path(sys.executable).parent}:/usr/bin:/bin")
+    monkeypatch.setenv("LM_STAND_IN", str(folder / "state"))
     return folder / "state"
 
 

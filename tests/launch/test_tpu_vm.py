@@ -1,15 +1,12 @@
-"""Cloud TPU VMs, with `stand_in/gcloud` in place of gcloud: its hosts are folders here, and runs on them are real."""
+"""Cloud TPU VMs, with a stand-in for gcloud: the verbs, what is refused, and what Ctrl-C tells."""
 
 import json
 import os
 import platform
-import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,142 +14,10 @@ from typing import Any
 import pytest
 
 from launch.commands import Commands, Interrupted
-from launch.tpu_follow import over
 from launch.tpu_vm import TpuVm, target
 
+from .cloud import MACHINES, STAND_IN, V5E, Cloud, steps_reach
 from .conftest import environment, losses, undisturbed
-
-MACHINES = """
-import sys
-from launch.config import Machines
-from launch.tpu_vm import TpuVm
-
-config = Machines(
-    name="tiny",
-    tpu_vm=TpuVm(zone="us-east5-a", topology="v5e:1x1", provisioning="spot", price=1.5, install=("echo one >> ~/i",),
-                 wait_seconds=20),
-    python=sys.executable,
-    environment=("JAX_PLATFORMS=cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS=true", "LM_HEARTBEAT_SECONDS=4"),
-)
-"""
-# As `python -m lm`, but the cloud is not asked every 20 s; and the code may change once it was packed.
-SOON = """
-import os, sys
-import launch.tree as tree
-
-tree.LARGEST_BYTES = int(os.environ.get("LARGEST_BYTES", tree.LARGEST_BYTES))
-pack, packed = tree.pack, []
-
-def once(*where):
-    assert not packed, "packed a second time"
-    packed.append(where)
-    return pack(*where)
-
-tree.pack = once
-import launch.patience
-import launch.tpu_bring
-import launch.tpu_follow
-
-launch.tpu_bring.POLL_SECONDS = launch.patience.FIRST_SECONDS = 0.1
-launch.patience.GIVE_UP_SECONDS = float(os.environ.get("GIVE_UP_SECONDS", 60))
-launch.tpu_follow.SILENT_LOOKS = 3
-from lm.cli import main
-sys.exit(main())
-"""
-STAND_IN = Path(__file__).parent / "stand_in"
-V5E = {"type": "v5litepod-1", "topology": "1x1"}
-V5P = {"type": "v5p-16", "topology": "2x2x2"}
-
-
-class Cloud:
-    """The stand-in's world."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.here = folder / "cloud"
-        (self.here / "vm_bin").mkdir(parents=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.behave(zones={"us-east5-a": [V5E, V5P], "us-east1-b": []}, port=free.getsockname()[1])
-        self.machines = folder / "machines.py"
-        self.machines.write_text(MACHINES)
-
-    @property
-    def functions(self) -> dict[str, Any]:
-        """Of the stand-in."""
-        return runpy.run_path(str(STAND_IN / "gcloud"), run_name="stand_in")
-
-    def behave(self, **more: Any) -> None:
-        path = self.here / "behave.json"
-        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | more))
-
-    @property
-    def state(self) -> dict[str, Any]:
-        path = self.here / "state.json"
-        return json.loads(path.read_text()) if path.exists() else {"nodes": {}, "queued": {}}
-
-    @property
-    def calls(self) -> list[list[str]]:
-        path = self.here / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def asked(self, verb: str) -> list[list[str]]:
-        return [call for call in self.calls if verb in call[3:5]]
-
-    def preempt(self, name: str) -> None:
-        """Takes a node away: its processes end without warning, and its disk is gone."""
-        state = self.state
-        state["nodes"][name]["state"] = "PREEMPTED"
-        for request in state["queued"].values():
-            request["state"]["state"] = "SUSPENDED"
-        (self.here / "state.json").write_text(json.dumps(state))
-        self.functions["lose_disks"](name)
-
-    def environment(self) -> dict[str, str]:
-        outside = environment(self.folder)
-        path = outside["PATH"]
-        return outside | {"PATH": f"{STAND_IN}:{path}", "VM_PATH": path, "LM_STAND_IN": str(self.here)}
-
-    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", SOON, "launch", *map(str, arguments)],
-            cwd=self.folder,
-            env=self.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def launch(self, *arguments: str | Path, code: int = 0) -> str:
-        """What it says: of a failure what was wrong."""
-        process = self.start(*arguments)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == code, out + err
-        return err if code else out
-
-    def up(self, *more: str, code: int = 0) -> str:
-        return self.launch("up", self.machines, "config.py", "--yes", *more, code=code)
-
-
-@pytest.fixture
-def cloud(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
-    made = Cloud(folder)
-    monkeypatch.setenv("LM_STAND_IN", str(made.here))
-    yield made
-    for name in made.state["nodes"]:
-        made.functions["lose_disks"](name)
-
-
-def steps_reach(folder: Path, count: int, process: subprocess.Popen[str] | None = None) -> None:
-    until = time.monotonic() + 90
-    path = folder / "run" / "metrics.jsonl"
-    while not (path.exists() and len(losses(folder / "run")) >= count):
-        if time.monotonic() > until or (process and process.poll() is not None):
-            if process:
-                process.kill()
-            raise AssertionError(process and process.communicate())
-        time.sleep(0.1)
 
 
 def test_from_nothing_to_a_finished_run_and_nothing_left(cloud: Cloud, folder: Path) -> None:
@@ -171,25 +36,6 @@ def test_from_nothing_to_a_finished_run_and_nothing_left(cloud: Cloud, folder: P
     assert "--accelerator-type=v5litepod-1" in created
     assert "--version=v2-alpha-tpuv5-lite" in created
     assert losses(folder / "run") == undisturbed(folder)
-
-
-def test_preempted_it_is_created_again_and_ends_the_same(cloud: Cloud, folder: Path) -> None:
-    cloud.behave(polls=1)
-    process = cloud.start("up", cloud.machines, "config.py", "--yes", "--follow", "--train.steps=150")
-    steps_reach(folder, 20, process)
-    cloud.behave(refuse='There is no more capacity in the zone "us-east5-a"', refuse_times=2)
-    cloud.preempt("tiny")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, out + err
-    assert "the machines are PREEMPTED: getting them again" in out
-    assert out.count("no more capacity") == 2
-    assert out.count("another zone may have some, or a queue: --tpu_vm.request=queued") == 2
-    assert "all 150 steps are done" in out
-    assert len(cloud.asked("create")) == 4
-    assert cloud.state["nodes"] == {}
-    found = losses(folder / "run")
-    assert len(found) == 150
-    assert found == undisturbed(folder, "--train.steps=150")
 
 
 @pytest.mark.slow
@@ -229,103 +75,6 @@ def test_two_hosts(cloud: Cloud, folder: Path) -> None:
     assert all(abs(found[step] - expected[step]) < 2e-5 * expected[step] for step in expected)
 
 
-@pytest.mark.slow
-def test_several_slices_are_queued_and_preempted_together(cloud: Cloud, folder: Path) -> None:
-    cloud.behave(polls=2)
-    arguments = ("--yes", "--follow", "--tpu_vm.slices=2", "--mesh.data=2", "--train.steps=60")
-    process = cloud.start("up", cloud.machines, "config.py", *arguments)
-    steps_reach(folder, 8, process)
-    cloud.preempt("tiny-1")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, out + err
-    assert "2 chips (2 x v5e:1x1, spot, us-east5-a)" in out
-    for state in ("PROVISIONING", "the machines are SUSPENDED: getting them again", "all 60 steps are done"):
-        assert state in out
-    assert "[tiny-1/0] " in out
-    first, second = cloud.asked("create")
-    assert first == second
-    assert {"--node-count=2", "--node-prefix=tiny", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"} < set(first)
-    assert cloud.state == {"nodes": {}, "queued": {}}
-    assert len(losses(folder / "run")) == 60
-
-
-@pytest.mark.slow
-def test_a_host_that_was_started_anew_goes_on(cloud: Cloud, folder: Path) -> None:
-    more = ("--yes", "--follow", "--train.steps=60", "--tpu_vm.preemptions=1")
-    process = cloud.start("up", cloud.machines, "config.py", *more)
-    steps_reach(folder, 8, process)
-    disk = cloud.here / "disks" / "tiny"
-    disk.rename(cloud.here / "kept")
-    cloud.functions["lose_disks"]("tiny")
-    (cloud.here / "kept").rename(disk)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, out + err
-    assert "the machines are not running: getting them again" in out
-    assert "all 60 steps are done" in out
-    assert len(cloud.asked("create")) == 1
-
-
-@pytest.mark.slow
-def test_one_failure_of_each_kind_ends_nothing(cloud: Cloud, folder: Path) -> None:
-    """At the first start, after a preemption, and in the end."""
-    cloud.behave(ssh_fails="echo one")
-    process = cloud.start("up", cloud.machines, "config.py", "--yes", "--follow", "--train.steps=60")
-    steps_reach(folder, 8, process)
-    cloud.behave(ssh_fails="echo one", refuse_delete="503: The service is currently unavailable", refuse_delete_times=3)
-    cloud.preempt("tiny")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, out + err
-    assert out.count("what lm needs could not be installed") == 2
-    assert out.count("503: The service") == 3
-    assert "all 60 steps are done" in out
-    assert out.rstrip().endswith("deleted; nothing costs")
-    assert cloud.state["nodes"] == {}
-
-
-def test_what_never_starts_is_given_up_and_removed(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIVE_UP_SECONDS", "1")
-    said = cloud.up("--follow", "--tpu_vm.install=false", code=8)
-    assert "given up, as nothing has started for so long; the machines were deleted. `lm launch up" in said
-    assert cloud.state["nodes"] == {}
-    cloud.up("--tpu_vm.install=false", code=8)
-    assert "tiny" in cloud.state["nodes"], "without --follow somebody is there"
-
-
-def test_the_code_of_a_run_that_failed_is_not_lost_when_its_machines_stay(
-    cloud: Cloud, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GIVE_UP_SECONDS", "1")
-    (folder / "run").write_text("a file where the run's folder should be")
-    cloud.behave(refuse_delete="503: The service is currently unavailable", refuse_delete_times=1000)
-    assert "lm: tiny ended with 2: config or usage" in cloud.up("--follow", code=2)
-    assert "tiny" in cloud.state["nodes"]
-
-
-def test_a_request_does_not_outlive_up(cloud: Cloud) -> None:
-    cloud.behave(polls=10**6)
-    said = cloud.up("--tpu_vm.request=queued", "--tpu_vm.wait_seconds=1", code=8)
-    assert "WAITING_FOR_RESOURCES: `lm launch up" in said or "they are FAILED. its time is over" in said
-    assert "The request was deleted" in said
-    assert cloud.state == {"nodes": {}, "queued": {}}
-    assert "--valid-until-duration=1s" in cloud.asked("create")[0]
-
-
-@pytest.mark.slow
-def test_followed_it_is_asked_again_when_its_time_is_over(cloud: Cloud) -> None:
-    cloud.behave(polls=10**6)
-    more = ("--tpu_vm.request=queued", "--tpu_vm.wait_seconds=3")
-    process = cloud.start("up", cloud.machines, "config.py", "--yes", "--follow", *more)
-    until = time.monotonic() + 60
-    while len(cloud.asked("create")) < 2:
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    cloud.behave(polls=1)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, out + err
-    assert "all 12 steps are done" in out
-    assert cloud.state == {"nodes": {}, "queued": {}}
-
-
 def test_what_costs_in_another_zone_is_told(cloud: Cloud) -> None:
     cloud.up("--train.steps=100000")
     cloud.behave(zones=json.loads((cloud.here / "behave.json").read_text())["zones"] | {"us-east1-b": [V5E]})
@@ -334,71 +83,6 @@ def test_what_costs_in_another_zone_is_told(cloud: Cloud) -> None:
         assert "there are no machines of tiny in us-east1-b; but of this launch there is, and costs money" in said
         assert "tiny in us-east5-a" in said
         assert "nothing costs" not in said
-
-
-@pytest.mark.slow
-def test_a_host_that_never_answers_again_is_replaced(cloud: Cloud, folder: Path) -> None:
-    more = ("--tpu_vm.topology=v5p:2x2x2", "--train.batch_size=8", "--train.steps=40")
-    process = cloud.start("up", cloud.machines, "config.py", "--yes", "--follow", *more)
-    steps_reach(folder, 5, process)
-    cloud.behave(ssh_refused=["tiny/1"])
-    for worker in ("0", "1"):
-        disk = cloud.here / "disks" / "tiny" / worker
-        pid = (disk / "lm-launches" / "tiny" / worker / "pid").read_text()
-        os.kill(int(pid), signal.SIGKILL)
-    until = time.monotonic() + 60
-    while len(cloud.asked("create")) < 2:
-        assert time.monotonic() < until
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    cloud.behave(ssh_refused=[])
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, out + err
-    assert "no answer from 1: asking again" in out
-    assert "the machines are not answering: getting them again" in out
-    assert "all 40 steps are done" in out
-
-
-def test_stopped_by_somebody_else_the_machines_stay(cloud: Cloud, folder: Path) -> None:
-    process = cloud.start("up", cloud.machines, "config.py", "--yes", "--follow", "--train.steps=100000")
-    steps_reach(folder, 5, process)
-    assert "The machines stay" in cloud.launch("stop", cloud.machines)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 75, out + err
-    assert "The machines stay: what is there costs $1.50 an hour" in out
-    assert "tiny" in cloud.state["nodes"]
-
-
-@pytest.mark.slow
-def test_stopped_by_the_machine_the_run_goes_on(cloud: Cloud, folder: Path) -> None:
-    process = cloud.start("up", cloud.machines, "config.py", "--yes", "--follow", "--train.steps=60")
-    steps_reach(folder, 5, process)
-    pid = cloud.here / "disks" / "tiny" / "0" / "lm-launches" / "tiny" / "0" / "pid"
-    os.kill(int(pid.read_text()), signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, out + err
-    assert "the machines are not running: getting them again" in out
-    assert "all 60 steps are done" in out
-
-
-@pytest.mark.parametrize(
-    ("ends", "said"),
-    [
-        (["0", "0"], True),
-        (["0", "running"], False),
-        (["6", ""], False),
-        (["0", ""], True),
-        (["4", ""], True),
-        (["stopped", ""], True),
-        (["75", "75"], False),
-        (["75", "6"], False),
-        (["6", "1"], True),
-        (["0", "none"], False),
-        ([""], False),
-    ],
-)
-def test_when_a_run_is_over(ends: list[str], said: bool) -> None:
-    assert over(ends) is said
 
 
 def test_a_dry_run_asks_nothing_of_the_cloud(cloud: Cloud, folder: Path) -> None:
@@ -562,21 +246,6 @@ def test_no_space_on_one(cloud: Cloud) -> None:
         subprocess.run(["umount", "-l", small], check=True)
 
 
-def test_a_request_that_fails_says_why(cloud: Cloud) -> None:
-    process = cloud.start("up", cloud.machines, "config.py", "--yes", "--tpu_vm.request=queued")
-    until = time.monotonic() + 60
-    cloud.behave(polls=10**6)
-    while not cloud.state["queued"]:
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    state = cloud.state
-    state["queued"]["tiny"]["state"] = {"state": "FAILED", "failedData": {"error": {"message": "You are out of luck"}}}
-    (cloud.here / "state.json").write_text(json.dumps(state))
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 8
-    assert "they are FAILED. You are out of luck" in err
-
-
 def test_the_usual_installation(cloud: Cloud, folder: Path) -> None:
     """Its lines, with a uv that notes what it is asked and makes an environment that leads to this Python."""
     uv = cloud.here / "vm_bin" / "uv"
@@ -655,18 +324,6 @@ def test_ctrl_c_tells_what_costs(cloud: Cloud, slow: dict[str, Any], verb: str, 
     elif cloud.state["nodes"] and verb != "delete":
         assert "what is there costs $1.50 an hour, until `lm launch delete" in err
     assert "Traceback" not in err
-
-
-@pytest.mark.slow
-def test_ctrl_c_while_following(cloud: Cloud, folder: Path) -> None:
-    process = cloud.start("up", cloud.machines, "config.py", "--yes", "--follow", "--train.steps=100000")
-    steps_reach(folder, 5, process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
-    assert process.returncode == 0, err
-    assert "The run goes on; after a preemption only `lm launch up" in out
-    assert "what is there costs $1.50 an hour, until `lm launch delete" in out
-    assert "0: running" in cloud.launch("status", cloud.machines)
 
 
 @pytest.mark.parametrize(
