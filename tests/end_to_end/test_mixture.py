@@ -107,7 +107,7 @@ def test_all_sources_are_read_in_their_shares(place: Path, planned: Path) -> Non
     assert np.sum(drawn[9:], axis=0).tolist() == [0, 6, 6]
 
 
-def test_too_many_epochs_are_refused_before_training(lm: Lm) -> None:
+def test_too_many_epochs_are_refused_before_training(lm: Lm, place: Path) -> None:
     ended = lm("train", "changed.py", "--run.dir", "often", "--data.sources.2.max_epochs", "0.01", code=2)
     assert "letters: " in ended.stderr
     assert "epochs in 12 steps, more than its max_epochs of 0.01" in ended.stderr
@@ -124,5 +124,5 @@ def test_too_many_epochs_are_refused_before_training(lm: Lm) -> None:
         (["--data.paths", "text"], "data.paths: is of a single source"),
     ],
 )
-def test_mistakes_in_a_mixture(lm: Lm, options: list[str], message: str) -> None:
+def test_mistakes_in_a_mixture(lm: Lm, place: Path, options: list[str], message: str) -> None:
     assert message in lm("train", "mixed.py", "--run.dir", "never", *options, code=2).stderr
