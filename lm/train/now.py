@@ -29,6 +29,7 @@ WORDS = {
     "restore": "restoring",
     "start": "starting",
     "data": "building data",
+    "profile": "writing a trace",
     "other": "closing down",
 }
 """What a person is told of `doing`."""

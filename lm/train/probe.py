@@ -34,6 +34,21 @@ class Looked(NamedTuple):
     """Of the mean of the last gradients that the optimizer keeps, where that is on the device."""
 
 
+def jit_look(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
+    """From parameters, mean gradients or None, and texts, to what is seen, on every device.
+
+    The compiler splits it: for so few tokens, it gathers no more than the layer that it is at.
+    """
+    dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)
+
+    def look(params: Any, momenta: Any, batch: dict[str, jax.Array]) -> Looked:
+        model = bind(config.model, in_one_stack(params, config.mesh.repeats))
+        spread = None if momenta is None else histograms(momenta, config.model)
+        return Looked(observe(model, batch, dtype), histograms(params, config.model), spread)
+
+    return jax.jit(look, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
 class Probe:
     """Compiled once; `look` is called by all processes of a run, and each gets all of it.
 
@@ -52,16 +67,9 @@ class Probe:
         self._batch = {
             name: jax.make_array_from_callback(x.shape, everywhere, x.__getitem__) for name, x in self._text.items()
         }
-        dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)
         self._has_momenta = config.train.optimizer_memory != "host"
-
-        def look(params: Any, momenta: Any, batch: dict[str, jax.Array]) -> Looked:
-            model = bind(config.model, in_one_stack(params, config.mesh.repeats))
-            spread = None if momenta is None else histograms(momenta, config.model)
-            return Looked(observe(model, batch, dtype), histograms(params, config.model), spread)
-
-        found = jax.jit(look, out_shardings=everywhere)
-        self._look = found.lower(abstract.params, self._momenta(abstract), self._batch).compile()
+        look = jit_look(config, mesh)
+        self._look = look.lower(abstract.params, self._momenta(abstract), self._batch).compile()
         evaluations = config.train.steps // config.eval.every + 1 if config.eval.every else 1
         self._every = -(-evaluations // PICTURES)
 
