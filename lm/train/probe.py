@@ -70,8 +70,8 @@ class Probe:
         self._has_momenta = config.train.optimizer_memory != "host"
         look = jit_look(config, mesh)
         self._look = look.lower(abstract.params, self._momenta(abstract), self._batch).compile()
-        evaluations = config.train.steps // config.eval.every + 1 if config.eval.every else 1
-        self._every = -(-evaluations // PICTURES)
+        evaluations = config.train.steps // config.eval.every if config.eval.every else 1
+        self._every = -(-evaluations // PICTURES) or 1
 
     def look(self, state: TrainState, step: int, summaries: Summaries | NoSummaries) -> dict[str, float]:
         """Values for metrics.jsonl; pictures and histograms go to TensorBoard, now and then."""

@@ -1,0 +1,111 @@
+"""The look inside while training: the same on a mesh, bounded in a run, and what is counted between logged steps."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from lm.data.tokenizers import BytesTokenizer
+from lm.experiment import Config
+from lm.model.config import ModelConfig
+from lm.parallel.mesh import MeshConfig, make_mesh
+from lm.train.config import EvalConfig, TrainConfig
+from lm.train.groups import groups_of
+from lm.train.health import Health
+from lm.train.images import attention_maps, token_losses
+from lm.train.probe import PICTURES, TEXTS, TOKENS, Probe
+from lm.train.state import abstract_state, init_state
+from lm.train.summaries import NoSummaries
+
+CONFIG = Config(
+    model=ModelConfig(vocab_size=258, layers=4, width=32, heads=4),
+    train=TrainConfig(steps=1000, batch_size=8, sequence_length=200),
+    eval=EvalConfig(every=10),
+    mesh=MeshConfig(fsdp=1),
+)
+
+
+def batch_of(rows: int = 8, length: int = 200) -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(0).integers(0, 256, (rows, length + 1)).astype(np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": np.ones((rows, length), np.int32),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "loss_mask": np.ones((rows, length), np.float32),
+        "bytes": np.full(rows, length, np.int32),
+        "source": np.zeros(rows, np.int32),
+    }
+
+
+class Shown(NoSummaries):
+    def __init__(self) -> None:
+        self.tags: list[tuple[int, str]] = []
+
+    def show(self, step: int, summary: Any) -> None:
+        self.tags += [(step, value.tag) for value in summary.value]
+
+
+def probe_on(config: Config) -> tuple[Probe, Any]:
+    mesh = make_mesh(config.mesh, jax.devices()[: int(np.prod([*config.mesh.sizes.values()]))])
+    abstract = abstract_state(config, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    state = jax.jit(lambda key: init_state(config, key), out_shardings=shardings)(jax.random.key(0))
+    return Probe(config, mesh, abstract, batch_of(), BytesTokenizer()), state
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [{"fsdp": 4, "tensor": 2}, {"context": 2, "fsdp": 2}, {"stage": 2, "repeats": 2, "microbatches": 2, "fsdp": 2}],
+    ids=lambda mesh: " ".join(mesh),
+)
+def test_it_sees_the_same_on_a_mesh(mesh: dict[str, int]) -> None:
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(**({"fsdp": 1} | mesh)))
+    one, several = (probe.look(state, 9, NoSummaries()) for probe, state in (probe_on(CONFIG), probe_on(config)))
+    assert one.keys() == several.keys()
+    assert several == pytest.approx(one, rel=1e-4)
+    assert {"attention_entropy", "attention_logit", "output_logit", "attention_entropy/layer_3"} <= one.keys()
+
+
+def test_pictures_are_made_so_often_at_most() -> None:
+    probe, state = probe_on(CONFIG)
+    shown = Shown()
+    for step in (*range(9, 1000, 10), 999):
+        probe.look(state, step, shown)
+    pictures = [step for step, tag in shown.tags if tag == "attention"]
+    assert len(set(pictures)) <= PICTURES
+    assert (pictures[0], pictures[-1]) == (19, 999)
+    of_one = {tag for step, tag in shown.tags if step == 19}
+    matrices = {name for name in groups_of(CONFIG.model).depths if name != "final_norm"}
+    assert of_one == {"attention", "loss of each token", *(f"parameters/{name}" for name in matrices)}, "no momenta yet"
+
+
+def test_only_the_begin_of_the_text_is_looked_at() -> None:
+    probe, _ = probe_on(CONFIG)
+    assert {x.shape for x in probe._batch.values()} == {(TEXTS, TOKENS)}
+
+
+def test_shares_of_steps_and_what_each_depth_does() -> None:
+    health = Health(CONFIG)
+    for norm, applied in ((0.5, True), (1.5, True), (3.0, False), (0.1, True)):
+        health.see({"grad_norm": norm}, applied=applied)
+    names = groups_of(CONFIG.model).depths
+    norms = np.stack([np.full(len(names), value, np.float32) for value in (1.0, 4.0, 0.5)])
+    norms[1, 0] = 0
+    values = health.values(norms)
+    assert (values["clipped_share"], values["skipped_share"]) == (0.25, 0.25)
+    assert values["grad_norm/layer_0"] == 1
+    assert values["update_ratio/layer_0"] == 0.125
+    assert np.isfinite(values[f"update_ratio/{names[0]}"]), "also of what is all zero"
+    assert health.values(norms)["clipped_share"] == 0, "since the last time"
+
+
+def test_images_of_odd_texts() -> None:
+    pieces = ["a", "\n", "", "\u4e2d\u6587", "x" * 500, "\x07"]
+    losses = np.array([0.0, 9.0, np.nan, np.inf, 1.0, 2.0])
+    picture = token_losses(pieces, losses, np.array([True, True, True, True, False, True]))
+    assert picture.width == 960
+    maps = np.full((1, 2, 8, 8), np.nan, np.float32)
+    assert attention_maps(maps, [0]).height > 8
