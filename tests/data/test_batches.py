@@ -94,7 +94,8 @@ def test_evaluation_equals_the_reference(write_data: Write, length: int) -> None
             rows = range(3 * i, 3 * i + 3)
             places = [starts[r] for r in rows]
             lengths = [max(0, min(length, len(stream) - r * length)) for r in rows]
-            same(batch, reference(stream, places, lengths, length))
+            of_source = {"source": np.array([int(r >= -(-len(stream) // length)) for r in rows], np.int32)}
+            same(batch, reference(stream, places, lengths, length) | of_source)
             same(evaluation.batch(i, slice(1, 3)), {name: batch[name][1:3] for name in batch})
             weights += batch["loss_mask"].sum()
             texts += batch["bytes"].sum()
@@ -120,10 +121,12 @@ def test_evaluation_of_several_sources_is_that_of_each_in_turn(write_texts: Call
     batches = [evaluation.batch(i) for i in range(len(evaluation))]
     rows = len(wanted["tokens"])
     assert rows == 4 + 1 + 3
+    assert evaluation.sources == ["one", "two", "three"]
+    wanted["source"] = [np.int32(i) for i in (0, 0, 0, 0, 1, 2, 2, 2)]
     for name, values in wanted.items():
         found = np.concatenate([batch[name] for batch in batches])
         assert found[:rows].tolist() == np.stack(values).tolist()
-        assert not found[rows:].any()
+        assert name == "source" or not found[rows:].any()
 
 
 @pytest.mark.parametrize("length", [1, 3, 64, 5000])
