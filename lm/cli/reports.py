@@ -42,7 +42,7 @@ def _status(options: argparse.Namespace) -> None:
 def _runs(options: argparse.Namespace) -> None:
     from lm.report.runs import compare, table
 
-    rows = compare(options.folders, options.sort)
+    rows = compare(options.folders, options.sort, lambda line: print(f"lm: {line}", file=sys.stderr))
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     _print([json.dumps(rows)] if options.json else table(rows, width))
 

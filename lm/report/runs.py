@@ -1,16 +1,17 @@
 """`lm runs DIR…`: the runs below folders, side by side, with what differs in their configs."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from typing import Any
 
 from etils import epath
 
-from lm.errors import ConfigError, StorageError
+from lm.errors import ConfigError, LmError, StorageError
 from lm.files import reason
 from lm.report.facts import Facts, one_line, plain, read_facts
 from lm.train.progress import human_count, human_seconds
@@ -46,21 +47,30 @@ def find_runs(folder: str | os.PathLike[str]) -> list[epath.Path]:
         raise StorageError(f"cannot list {one_line(root)}: {reason(error)}") from error
 
 
-def compare(folders: Sequence[str], sort: str | None) -> list[dict[str, Any]]:
+def compare(
+    folders: Sequence[str], sort: str | None, say: Callable[[str], None] = lambda _: None
+) -> list[dict[str, Any]]:
     """A row for each run below the folders: `steps` and what HEADS names, as plain values (see `plain`); and `config`,
     the values by dotted key that are not the same in all of them, of those that the run has.
 
-    `sort` is one of these names, or a key of `config` or its last part; smallest first, runs without it last.
+    `sort` is one of these names, or a key of `config` or its last part; smallest first, runs without it last. Runs that
+    cannot be read are told to `say`.
 
     Raises:
       ConfigError: no runs, or nothing to sort by that is called so.
-      StorageError: something cannot be read.
+      StorageError: none can be read.
     """
     paths = list(dict.fromkeys(path for folder in folders for path in find_runs(folder)))
     if not paths:
         raise ConfigError(f"no runs in {one_line(', '.join(folders))}: a run is a folder with a config.json")
     with ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(read_facts, paths))
+        read = list(pool.map(_facts_or_problem, paths))
+    found = [one for one in read if isinstance(one, Facts)]
+    problems = [one for one in read if not isinstance(one, Facts)]
+    if not found:
+        raise problems[0]
+    for problem in problems:
+        say(str(problem))
     differing = differences([facts.config for facts in found])
     rows = [{**_row(facts), "config": config} for facts, config in zip(found, differing, strict=True)]
     return rows if sort is None else _sorted(rows, sort)
@@ -104,6 +114,15 @@ def table(rows: Sequence[Mapping[str, Any]], width: int | None) -> Iterator[str]
         yield f"too wide for this terminal: {', '.join(one_line(key) for key in left)}; --json has them"
 
 
+def _facts_or_problem(path: epath.Path) -> Facts | LmError:
+    try:
+        return read_facts(path)
+    except LmError as error:
+        return error
+    except Exception as error:  # as when it was removed meanwhile
+        return StorageError(f"{one_line(path)} cannot be read: {reason(error)}")
+
+
 def _below(folder: epath.Path, seen: set[str]) -> Iterator[epath.Path]:
     """A run is not looked into: its checkpoints have a config.json too."""
     inside = {path.name: path for path in folder.iterdir()}
@@ -114,7 +133,8 @@ def _below(folder: epath.Path, seen: set[str]) -> Iterator[epath.Path]:
     for name, path in inside.items():
         # A link may lead back to where it is.
         if not name.startswith(".") and path.is_dir() and os.path.realpath(path) not in seen:
-            yield from _below(path, seen)
+            with contextlib.suppress(PermissionError):  # of a folder that is somebody else's
+                yield from _below(path, seen)
 
 
 def _is_run(inside: Mapping[str, epath.Path]) -> bool:

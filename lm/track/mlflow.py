@@ -46,7 +46,8 @@ class MlflowTracker:
 
         now = int(1000 * time.time())
         for part, sent in requests(lines, METRICS):
-            metrics = [Metric(name, float(value), now, step) for step, name, value in part]
+            # A store of files cannot have grad_norm beside a folder of it.
+            metrics = [Metric(name.replace("/", "."), float(value), now, step) for step, name, value in part]
             tags = [RunTag(_SENT, f"{sent.rewinds} {sent.step}")] if sent else []
             self._client.log_batch(self._id, metrics=metrics, tags=tags)
             self._sent = sent or self._sent

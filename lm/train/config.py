@@ -106,13 +106,11 @@ class WatchdogConfig:
     start_seconds: float = 3600.0
     """To restore, compile and read the first batch. Building data is not counted."""
     step_seconds: float = 900.0
-    """More than `data.stall_seconds`, which can tell what was not read."""
+    """More than `data.stall_seconds`, which can tell what was not read, and than writing a trace takes."""
     evaluation_seconds: float = 3600.0
     """For each batch of held-out text, and for a sample."""
     save_seconds: float = 3600.0
     """For the part of a save that training waits for."""
-    profile_seconds: float = 900.0
-    """To begin a trace of some steps, or to write it."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         for field in dataclasses.fields(self):

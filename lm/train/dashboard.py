@@ -52,7 +52,8 @@ def tag(name: str) -> str:
         return _OVERVIEW[name]
     whole, _, part = name.partition("/")
     section = _OF_PART.get(whole) if part else None
-    return f"{section or _OF_NAME.get(whole, OTHER)}/{name}"
+    section = section or _OF_NAME.get(whole.removeprefix("local_"), OTHER)
+    return f"{section}/{name}"
 
 
 _CHARTS: dict[str, dict[str, tuple[str, ...]]] = {

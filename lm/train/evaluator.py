@@ -10,7 +10,7 @@ from lm.experiment import Config
 from lm.model.loss import Batch
 from lm.train.feed import Feed
 from lm.train.heldout import HeldOut, held_out_loss
-from lm.train.probe import Probe
+from lm.train.probe import TEXTS, Probe
 from lm.train.progress import human_count
 from lm.train.sample import sample_text
 from lm.train.state import TrainState, in_one_stack
@@ -43,7 +43,7 @@ class Evaluator:
             step = jax.jit(make_eval_step(config, mesh, len(feed.held_out.sources)))
             self._step = step.lower(abstract.params, feed.held_out_shapes()).compile()
             if config.log.detail == "all":
-                self._probe = Probe(config, mesh, abstract, feed.held_out_begin(), feed.tokenizer)
+                self._probe = Probe(config, mesh, abstract, feed.held_out_begin(TEXTS), feed.tokenizer, say)
 
     def after(self, k: int, state: TrainState, log: Log) -> dict[str, float]:
         """Values for metrics.jsonl, of the state after step k, on `eval.batches` batches."""

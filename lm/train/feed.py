@@ -79,11 +79,11 @@ class Feed:
         shapes = self.batches.shapes()
         return {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self.sharding) for k, v in shapes.items()}
 
-    def held_out_begin(self) -> dict[str, np.ndarray]:
-        """All rows of the first held-out batch, the same in each process."""
+    def held_out_begin(self, rows: int) -> dict[str, np.ndarray]:
+        """The first rows of the held-out text, the same in each process."""
         assert self.held_out is not None
         evaluation, limit = self.held_out, self._config.data.stall_seconds
-        return in_time(lambda: evaluation.batch(0), "held-out text", limit, evaluation.reads)
+        return in_time(lambda: evaluation.batch(0, slice(0, rows)), "held-out text", limit, evaluation.reads)
 
     def held_out_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """As `shapes`, of a held-out batch."""

@@ -40,6 +40,11 @@ class Forecast:
         self._expected, self._device = expected, device
         self._of_program = None if _peak_memory(device) else _program_memory(compiled, device.platform)
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The prediction for a person; none where nothing was predicted."""
+        return self._expected.lines if self._expected else ()
+
     def values(self) -> dict[str, float]:
         """For metrics.jsonl."""
         found: dict[str, float] = {}

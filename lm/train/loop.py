@@ -267,7 +267,6 @@ class _Run:
             alive=lambda done: self.watchdog.phase("evaluation", done),
         )
         self.checkpoints.compile(self.abstract)
-        self.summaries.config(config)
         flops = flops_per_token(config.model, config.train.sequence_length)
         peak = peak_flops(jax.devices()[0].device_kind)
         self.meter = Meter(
@@ -284,10 +283,14 @@ class _Run:
             f"compiled in {human_seconds(time.monotonic() - start)}, "
             f"ready after {human_seconds(time.monotonic() - self.started)}"
         )
-        expected = self.expected()
-        self.forecast = Forecast(expected, self.train_step, self.mesh.local_devices[0])
-        if expected and expected.lines:
-            self.summaries.text(0, "plan", verbatim("\n".join(expected.lines)))
+        self.forecast = Forecast(self.expected(), self.train_step, self.mesh.local_devices[0])
+        self.describe()
+
+    def describe(self) -> None:
+        """Shows what does not come from steps: config, plan, and the page of charts."""
+        self.summaries.config(self.config)
+        if lines := self.forecast.lines:
+            self.summaries.text(0, "plan", verbatim("\n".join(lines)))
 
     def expected(self) -> Expected | None:
         """What is predicted; a prediction that fails never ends a run."""
@@ -389,7 +392,8 @@ class _Run:
         if self.profiler.turns(k):
             with self.meter.spending("devices"):  # a trace has whole steps
                 jax.block_until_ready(state)
-            with self.doing("profile", k):
+            # Still a step for the watchdog: the other processes wait in theirs.
+            with self.meter.spending("profile"), self.journal.time("profile"):
                 self.profiler.turn(k)
         self.profiler.mark(k)
 
@@ -399,7 +403,7 @@ class _Run:
 
     @contextlib.contextmanager
     def doing(self, what: str, step: int | None) -> Iterator[None]:
-        """For what is no training, "evaluation", "save" or "profile", after so many steps."""
+        """For what is no training, "evaluation" or "save", after so many steps."""
         self.watchdog.phase(what, step)
         with self.meter.spending(what), self.journal.time(what):
             yield
@@ -497,9 +501,10 @@ class _Run:
         self.checkpoints.set_aside_after(step)
         self.journal.rewind(step)
         self.take_data(self.feed.ledger.rewound(step, until, attempt) if self.processes.primary else None)
-        self.bad_steps = BadSteps(groups_of(self.config.model).kinds)
+        self.bad_steps, self.health = BadSteps(groups_of(self.config.model).kinds), Health(self.config)
         self.summaries.close()
         self.open_summaries(step)
+        self.describe()
         self.summaries.text(step, "rewind", verbatim("\n".join(known)))
         self.say(
             f"rewound to {f'checkpoint {step}' if step else 'the start'}; goes on without the "

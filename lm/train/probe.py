@@ -4,6 +4,7 @@ The text is the begin of the held-out one. Nothing of this touches the train ste
 at the start, that runs after evaluations. What it gives does not grow with the layers of a model.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from lm.train import events
 from lm.train.groups import groups_of, layer_depths
 from lm.train.histograms import EDGES, Histograms, histograms
 from lm.train.images import attention_maps, token_losses
-from lm.train.state import TrainState, in_one_stack
+from lm.train.state import TrainState
 from lm.train.summaries import NoSummaries, Summaries
 
 TEXTS, TOKENS = 4, 128
@@ -28,7 +29,8 @@ PICTURES = 50
 
 
 class Looked(NamedTuple):
-    observed: Observed
+    observed: Observed | None
+    """None in a pipeline: its layers would all be gathered on each device."""
     weights: Histograms
     momenta: Histograms | None
     """Of the mean of the last gradients that the optimizer keeps, where that is on the device."""
@@ -37,14 +39,16 @@ class Looked(NamedTuple):
 def jit_look(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     """From parameters, mean gradients or None, and texts, to what is seen, on every device.
 
-    The compiler splits it: for so few tokens, it gathers no more than the layer that it is at.
+    The compiler splits it: for so few tokens, it exchanges them and not weights.
     """
     dtype = compute_dtype(config.model, mesh.devices.flat[0].platform)
 
     def look(params: Any, momenta: Any, batch: dict[str, jax.Array]) -> Looked:
-        model = bind(config.model, in_one_stack(params, config.mesh.repeats))
+        observed = None
+        if config.mesh.stage == 1:
+            observed = observe(bind(config.model, params), batch, dtype)
         spread = None if momenta is None else histograms(momenta, config.model)
-        return Looked(observe(model, batch, dtype), histograms(params, config.model), spread)
+        return Looked(observed, histograms(params, config.model), spread)
 
     return jax.jit(look, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -57,9 +61,15 @@ class Probe:
     """
 
     def __init__(
-        self, config: Config, mesh: Mesh, abstract: TrainState, batch: dict[str, np.ndarray], tokenizer: Tokenizer
+        self,
+        config: Config,
+        mesh: Mesh,
+        abstract: TrainState,
+        batch: dict[str, np.ndarray],
+        tokenizer: Tokenizer,
+        say: Callable[[str], None],
     ):
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._tokenizer, self._say = config, tokenizer, say
         length = min(TOKENS, config.train.sequence_length)
         names = ("tokens", "targets", "segments", "positions", "loss_mask")
         self._text = {name: np.ascontiguousarray(batch[name][:TEXTS, :length]) for name in names}
@@ -78,8 +88,8 @@ class Probe:
         found: Looked = jax.device_get(self._look(state.params, self._momenta(state), self._batch))
         every, last = self._config.eval.every * self._every, step == self._config.train.steps - 1
         if last or (step + 1) % every == 0:
-            self._show(found, step, summaries)
-        return self._values(found.observed)
+            self._try_to_show(found, step, summaries)
+        return self._values(found.observed) if found.observed else {}
 
     def _momenta(self, state: TrainState) -> Any:
         return optax.tree.get(state.opt_state, "mu", None) if self._has_momenta else None
@@ -97,6 +107,15 @@ class Probe:
             values[f"attention_logit/{depths[number]}"] = float(seen.largest_logit[own].max())
         return values
 
+    def _try_to_show(self, found: Looked, step: int, summaries: Summaries | NoSummaries) -> None:
+        """A picture that cannot be drawn ends no run. Only the process that writes draws."""
+        if isinstance(summaries, NoSummaries):
+            return
+        try:
+            self._show(found, step, summaries)
+        except Exception as error:
+            self._say(f"step {step} is not shown in pictures: {type(error).__name__}: {error}")
+
     def _show(self, found: Looked, step: int, summaries: Summaries | NoSummaries) -> None:
         seen, model = found.observed, self._config.model
         for name, one in (("parameters", found.weights), ("mean gradients", found.momenta)):
@@ -106,6 +125,8 @@ class Probe:
                     ends = scale * np.array([2 * EDGES[0], *EDGES, 2 * EDGES[-1]])
                     bins = np.stack([ends[:-1], ends[1:], count], axis=1)
                     summaries.show(step, events.histogram(f"{name}/{depth}", bins))
+        if seen is None:
+            return
         maps = attention_maps(np.asarray(seen.maps), shown_layers(model.layers))
         summaries.show(step, events.image("attention", maps))
         pieces = [self._tokenizer.piece(int(token)) for token in self._text["targets"][0]]

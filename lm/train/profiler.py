@@ -102,6 +102,9 @@ class Profiler:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level, options.host_tracer_level = 0, 1
         self._temporary = Path()
+        if self._writer is not None and self._writer.is_alive():  # it may hang, and nothing waits for it
+            self._failed(steps, request, self._temporary, "the one before is still being written")
+            return
         try:
             # Where it can be beside its place, so that it gets there in one step.
             beside = None if is_url(self._directory.path) else self._directory.path
@@ -123,8 +126,6 @@ class Profiler:
             self._failed(steps, request, temporary, reason(error))
             return
         seconds = time.monotonic() - begin
-        if self._writer is not None:
-            self._writer.join()
         # In a thread: a bucket takes its time, and one that hangs must not keep the process.
         arguments = (temporary, steps, request, seconds)
         self._writer = threading.Thread(target=self._publish, args=arguments, name="profile writer", daemon=True)

@@ -69,6 +69,9 @@ def refuse_missing(name: str) -> None:
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:  # a folder of that name, as wandb makes one
         raise ConfigError(f"{name} is not installed here: pip install 'lm[{name}]'")
+    here = importlib.util.find_spec("sqlalchemy") is not None  # what mlflow's own default, a database, needs
+    if name == "mlflow" and not here and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ConfigError("mlflow is not told where to: set MLFLOW_TRACKING_URI to that of a server")
 
 
 def command(run: str | os.PathLike[str], name: str) -> str:

@@ -48,7 +48,6 @@ class Watchdog:
             "step": config.step_seconds,
             "evaluation": config.evaluation_seconds,
             "save": config.save_seconds,
-            "profile": config.profile_seconds,
         }
         shortest = min([limit for limit in self._limits.values() if limit], default=math.inf)
         self._tick = min(1.0, shortest / 10)
@@ -60,7 +59,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def phase(self, name: str, step: int | None = None) -> None:
-        """Begins a phase, maybe the same as before: start, step, evaluation, save, profile, or one without a limit."""
+        """Begins a phase, maybe the same as before: start, step, evaluation, save, or one without a limit."""
         self._now = name, step  # another tuple each time: this is what the thread looks at
 
     @property

@@ -15,6 +15,7 @@ from tensorboard.util import tensor_util
 
 from lm.checkpoint.checkpoints import list_checkpoints
 from lm.cli import main
+from lm.train import dashboard
 
 Lm = Callable[..., subprocess.CompletedProcess[str]]
 Error = Callable[[int, list[str]], str]
@@ -64,6 +65,9 @@ def test_metrics_have_the_keys_that_others_rely_on(undisturbed: Path) -> None:
         assert line["step"] == k
         assert line.keys() >= {"loss", "bits_per_byte", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
         assert line["tokens"] == (k + 1) * 4 * 32
+        assert not [name for name in line.keys() - {"step"} if dashboard.tag(name).startswith("8")], (
+            "each has a section"
+        )
     assert {line["step"] for line in lines if "heldout_loss" in line} == {3, 7, 11}
     assert lines[-1]["loss"] < lines[0]["loss"]
 

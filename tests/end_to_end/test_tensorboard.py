@@ -98,6 +98,8 @@ def test_every_page_has_what_it_shows(board: Board) -> None:
     assert [step for _, step, _ in weights] == [3, 7, 11]
     attention_and_feed_forward = 4 * 16 * 16 + 3 * 16 * 64
     assert [sum(count for _, _, count in bins) for _, _, bins in weights] == [attention_and_feed_forward] * 3
+    gradients = board.ask("plugin/histograms/histograms", run=run, tag="mean gradients/layer_0")
+    assert [sum(count for _, _, count in bins) for _, _, bins in gradients] == [attention_and_feed_forward] * 3
     texts = {name: board.ask("plugin/text/text", run=run, tag=name)[0]["text"] for name in ("config", "plan", "sample")}
     assert "batch_size" in texts["config"]
     assert "memory" in texts["plan"]

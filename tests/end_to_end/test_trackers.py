@@ -34,9 +34,9 @@ def in_mlflow() -> tuple[str, list[dict[str, Any]]]:
     found: dict[int, dict[str, Any]] = {}
     for name in run.data.metrics:
         for one in client.get_metric_history(run.info.run_id, name):
-            of_step = found.setdefault(one.step, {"step": one.step})
-            assert name not in of_step
-            of_step[name] = one.value
+            of_step, own = found.setdefault(one.step, {"step": one.step}), name.replace(".", "/")
+            assert own not in of_step
+            of_step[own] = one.value
     return run.info.status, [found[step] for step in sorted(found)]
 
 

@@ -39,7 +39,7 @@ def test_what_is_logged_is_there_once(made: Callable[..., Made], store: Path) ->
         steps=6,
         config={"data": {"paths": ["x" * 9000], "sources": [{"path": "a"}]}, "many": {str(i): i for i in range(250)}},
     )
-    run.log(0, loss=0.1 + 0.2, **{"goodput/step": 0.5})
+    run.log(0, loss=0.1 + 0.2, grad_norm=2.0, **{"grad_norm/layer_0": 0.5})
     run.log(1, loss="NaN", grad_norm="Infinity")
     send(run)
     send(run)
@@ -50,8 +50,8 @@ def test_what_is_logged_is_there_once(made: Callable[..., Made], store: Path) ->
     assert (first, last) == ((0, 0.1 + 0.2), (2, -1e-300))
     assert step == 1
     assert math.isnan(value)
-    assert history(tracked, "goodput/step") == [(0, 0.5)]
-    assert history(tracked, "grad_norm") == [(1, math.inf)]
+    assert history(tracked, "grad_norm.layer_0") == [(0, 0.5)]
+    assert history(tracked, "grad_norm") == [(0, 2.0), (1, math.inf)]
     params = tracked.data.params
     assert params["train.steps"] == "6"
     assert params["data.sources.0.path"] == "a"

@@ -15,7 +15,7 @@ from lm.train.config import EvalConfig, TrainConfig
 from lm.train.groups import groups_of
 from lm.train.health import Health
 from lm.train.images import attention_maps, token_losses
-from lm.train.probe import PICTURES, TEXTS, TOKENS, Probe
+from lm.train.probe import PICTURES, TEXTS, TOKENS, Probe, jit_look
 from lm.train.state import abstract_state, init_state
 from lm.train.summaries import NoSummaries
 
@@ -40,7 +40,9 @@ def batch_of(rows: int = 8, length: int = 200) -> dict[str, np.ndarray]:
     }
 
 
-class Shown(NoSummaries):
+class Shown:
+    """In place of summaries: which tags came at which step."""
+
     def __init__(self) -> None:
         self.tags: list[tuple[int, str]] = []
 
@@ -53,12 +55,12 @@ def probe_on(config: Config) -> tuple[Probe, Any]:
     abstract = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     state = jax.jit(lambda key: init_state(config, key), out_shardings=shardings)(jax.random.key(0))
-    return Probe(config, mesh, abstract, batch_of(), BytesTokenizer()), state
+    return Probe(config, mesh, abstract, batch_of(), BytesTokenizer(), pytest.fail), state
 
 
 @pytest.mark.parametrize(
     "mesh",
-    [{"fsdp": 4, "tensor": 2}, {"context": 2, "fsdp": 2}, {"stage": 2, "repeats": 2, "microbatches": 2, "fsdp": 2}],
+    [{"fsdp": 4, "tensor": 2}, {"context": 2, "fsdp": 2}],
     ids=lambda mesh: " ".join(mesh),
 )
 def test_it_sees_the_same_on_a_mesh(mesh: dict[str, int]) -> None:
@@ -80,6 +82,41 @@ def test_pictures_are_made_so_often_at_most() -> None:
     of_one = {tag for step, tag in shown.tags if step == 19}
     matrices = {name for name in groups_of(CONFIG.model).depths if name != "final_norm"}
     assert of_one == {"attention", "loss of each token", *(f"parameters/{name}" for name in matrices)}, "no momenta yet"
+
+
+PIPELINE = MeshConfig(stage=2, repeats=2, microbatches=2, fsdp=2)
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=4), PIPELINE], ids=["fsdp", "tensor", "stage"]
+)
+def test_it_needs_no_room_for_the_model(mesh: MeshConfig) -> None:
+    """No device gathers more than some layers; a pipeline, which would gather all, is not looked into."""
+    model = dataclasses.replace(CONFIG.model, layers=32, width=128, vocab_size=256)
+    config = dataclasses.replace(CONFIG, mesh=mesh, model=model)
+    devices = make_mesh(mesh, jax.devices()[: int(np.prod([*mesh.sizes.values()]))])
+    params = abstract_state(config, devices).params
+    batch = {name: jax.ShapeDtypeStruct((TEXTS, 32), x.dtype) for name, x in batch_of().items() if x.ndim == 2}
+    compiled = jit_look(config, devices).lower(params, params, batch).compile()
+    size = sum(leaf.size * 4 for leaf in jax.tree.leaves(params["layers"]))
+    assert compiled.memory_analysis().temp_size_in_bytes < size / 3
+    assert (compiled.out_info.observed is None) == (mesh.stage > 1)
+
+
+def test_of_a_pipeline_it_shows_histograms() -> None:
+    probe, state = probe_on(dataclasses.replace(CONFIG, mesh=PIPELINE))
+    shown = Shown()
+    assert probe.look(state, 999, shown) == {}
+    assert {tag for _, tag in shown.tags} >= {"parameters/layer_0", "parameters/layer_3"}
+
+
+def test_a_picture_that_cannot_be_drawn_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe, state = probe_on(CONFIG)
+    monkeypatch.setattr(probe, "_tokenizer", None)
+    said: list[str] = []
+    monkeypatch.setattr(probe, "_say", said.append)
+    assert "attention_entropy" in probe.look(state, 999, Shown())
+    assert said == ["step 999 is not shown in pictures: AttributeError: 'NoneType' object has no attribute 'piece'"]
 
 
 def test_only_the_begin_of_the_text_is_looked_at() -> None:
