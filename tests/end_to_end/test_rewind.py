@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from lm.checkpoint.checkpoints import list_checkpoints, read_attachment
 
 from .conftest import Lm
@@ -76,6 +78,10 @@ def test_back_twice_and_on_without_what_led_there(workplace: Path, lm: Lm, logge
 def test_before_the_first_checkpoint(workplace: Path) -> None:
     said = train(workplace, "at_first", "--recovery.max_bad_steps=2", POISONED="(0, 1)")
     assert "rewound to the start; goes on without the 2 batches that led to step 2 (attempt 1 of 3)\n" in said
+    board = EventAccumulator(str(workplace / "at_first" / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    assert {"config", "plan", "rewind", "custom_scalars__config__", "_hparams_/session_start_info"} <= {
+        *board.Tags()["tensors"]
+    }
     train(workplace, "without_two", POISONED="()", LEFT_OUT="0, 2")
     assert digest(workplace / "at_first") == digest(workplace / "without_two")
 

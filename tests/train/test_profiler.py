@@ -1,6 +1,7 @@
 """Traces of configured steps, and of those asked for while a run goes on; whatever fails, training does not."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -253,6 +254,22 @@ def test_a_bucket(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     made.close()
     assert steps_in(traces(tmp_path)[0]) == [3, 4]
     assert written[-1].endswith(".xplane.pb")
+
+
+def test_a_bucket_that_hangs_holds_up_no_later_trace(
+    start: Start, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = threading.Event()
+    monkeypatch.setattr(profiler, "is_url", lambda path: True)
+    monkeypatch.setattr(profiler, "write_atomically", lambda path, contents: free.wait())
+    made = start("0:1")
+    made._wanted(Request(1, "later"))
+    begin = time.monotonic()
+    train(made, range(6))
+    assert time.monotonic() - begin < 30
+    assert said[-1] == "profile: no trace of step 1: the one before is still being written"
+    assert answered(tmp_path, "later") == Answer("later", "", "the one before is still being written")
+    free.set()
 
 
 def test_storage_that_fails_is_asked_again(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
