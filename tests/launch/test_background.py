@@ -73,7 +73,7 @@ def test_from_nothing_to_a_run_that_is_stopped_and_goes_on(launch: Launch, machi
 
 
 def test_the_losses_are_those_of_one_process(launch: Launch, machines: Path, folder: Path) -> None:
-    launch("up", machines, "config.py", "--follow")
+    launch("up", machines, "config.py", "--follow", "--local.processes=4")
     found, expected = losses(folder / "run"), undisturbed(folder)
     assert found.keys() == expected.keys()
     assert all(abs(found[step] - expected[step]) < 2e-5 * expected[step] for step in expected)
