@@ -22,7 +22,7 @@ PARTS = (
     ("feed-forward", ("model/feed_forward.py", "model/experts.py", "kernels/experts", "kernels/gelu.py")),
     ("norms", ("model/norms.py", "kernels/normalize.py")),
     ("loss", ("model/loss.py", "kernels/cross_entropy/")),
-    ("optimizer and checks", ("/optim/", "/optax/", "train/guard.py", "train/step.py")),
+    ("optimizer and checks", ("/optim/", "/optax/", "train/guard.py", "train/groups.py", "train/step.py")),
     ("embedding and residual stream", ("model/transformer.py", "parallel/")),
 )
 """Parts of a step, by the innermost of the files that a call went through."""
