@@ -100,6 +100,7 @@ def test_a_name_that_somebody_else_has(launch: Launch, machines: Path, folder: P
     assert not own.exists()
 
 
+@pytest.mark.slow
 def test_one_is_oneself_under_another_host_name(launch: Launch, machines: Path, folder: Path) -> None:
     launch("up", machines, "config.py", "--follow")
     own = folder / "lm-launches" / "tiny"
@@ -118,6 +119,7 @@ def test_setup_that_takes_long(launch: Launch, machines: Path, folder: Path) -> 
     assert not (folder / "run").exists()
 
 
+@pytest.mark.slow
 def test_processes_of_another_number_do_not_mix(launch: Launch, machines: Path, folder: Path) -> None:
     up = ("up", machines, "config.py", "--train.steps=100000")
     launch(*up, "--local.processes=1")
@@ -131,6 +133,7 @@ def test_processes_of_another_number_do_not_mix(launch: Launch, machines: Path, 
     launch("stop", machines)
 
 
+@pytest.mark.slow
 def test_a_view_that_is_lost_is_no_end(launch: Launch, machines: Path, folder: Path) -> None:
     launch("up", machines, "config.py", "--train.steps=100")
     process = subprocess.Popen(

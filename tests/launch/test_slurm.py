@@ -154,6 +154,7 @@ MANY = ("--train.steps=100000", "--checkpoint.every=1000")
 LONG = ("--train.steps=60", "--checkpoint.every=10", "--train.sequence_length=128", "--train.batch_size=16")
 
 
+@pytest.mark.slow
 def test_preempted_it_is_queued_again_and_goes_on(launch: Launch, machines: Path, folder: Path) -> None:
     said = launch("up", machines, "config.py", *MANY).stdout
     assert f"tiny is job {job(folder)}: " in said
@@ -201,6 +202,7 @@ def test_an_answer_of_sbatch_that_is_lost(
     assert not run("squeue", "-h", "--me")
 
 
+@pytest.mark.slow
 def test_a_view_that_is_lost_is_no_end(
     launch: Launch, machines: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

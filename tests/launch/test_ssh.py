@@ -119,6 +119,7 @@ def test_no_space_on_one(launch: Launch, folder: Path, two: tuple) -> None:
         subprocess.run(["umount", "-l", folder / "b"], check=True)
 
 
+@pytest.mark.slow
 def test_hosts_that_are_left_out_are_named(launch: Launch, folder: Path, two: tuple) -> None:
     host, servers = two
     a, b = host("a"), host("b")
