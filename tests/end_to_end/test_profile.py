@@ -61,7 +61,7 @@ def test_reading_a_trace_touches_no_device(lm: Lm, traced: Path, monkeypatch: py
 
 
 def test_what_cannot_be_read(lm: Lm, undisturbed: Path, traced: Path, workplace: Path, tmp_path: Path) -> None:
-    assert "nowhere is not a run" in lm("profile", "nowhere", code=2).stderr
+    assert "never-made is not a run" in lm("profile", "never-made", code=2).stderr
     none = lm("profile", "undisturbed", code=2).stderr
     assert "undisturbed has no trace: `lm profile undisturbed --now`" in none
     assert "has no trace 'x'; there are 20" in lm("profile", "traced", "--trace", "x", code=2).stderr

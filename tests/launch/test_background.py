@@ -234,7 +234,7 @@ def test_machines_that_cannot_be(launch: Launch, machines: Path, old: str, new: 
     [
         ("command -v", "up", "interrupted while looking at 2 host(s): nothing was changed anywhere"),
         ("mkdir -p", "up", "interrupted while looking for another launch of this name: nothing was started"),
-        ("tar -xzf", "up", "interrupted while copying the code (0."),
+        ("tar -xzf", "up", "interrupted while copying the code ("),
         (
             "find_spec",
             "up",
