@@ -82,10 +82,11 @@ def test_a_device_has_its_part_of_the_chip(monkeypatch: pytest.MonkeyPatch) -> N
         return SimpleNamespace(step_seconds=0.5, memory=SimpleNamespace(total=2**30, again=2**28))
 
     monkeypatch.setattr(module, "predict", predict)
+    monkeypatch.setattr(module, "_lines", lambda found, mesh: ("a plan",))
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1), topology("tpu7x:2x2x1").devices)
     found = expect(CONFIG, mesh)
     assert found is not None
-    assert found == Expected(0.5, memory_bytes=2**29, again_bytes=2**27)
+    assert found == Expected(0.5, memory_bytes=2**29, again_bytes=2**27, lines=("a plan",))
     sizes = {"stage": 1, "data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
     assert seen == [(CONFIG, machine_of(mesh), sizes)]
 
@@ -97,6 +98,7 @@ def test_the_model_takes_the_machine_that_is_here(count: int) -> None:
     assert found is not None
     assert found.step_seconds > 0
     assert found.memory_bytes > 0
+    assert {line.split()[0] for line in found.lines} >= {"mesh", "step", "bound", "memory", "parameters"}
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA B200"])
