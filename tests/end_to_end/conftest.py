@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,9 +87,9 @@ sys.exit(main())
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a config, tiny.py, and the folder of text files that it names."""
-    folder = tmp_path_factory.mktemp("workplace")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each workplace begins as; and the runs that all share."""
+    folder = tmp_path_factory.mktemp("template")
     # The processes run there, and run the code that is tested, not another that is installed.
     os.environ["PYTHONPATH"] = str(Path(package.__file__).parent.parent)
     (folder / "tiny.py").write_text(CONFIG)
@@ -101,34 +102,58 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def lm(workplace: Path) -> Lm:
-    """Runs `python -m lm …` in the workplace; `after` and `number` send that signal when so many steps are logged."""
+@pytest.fixture(scope="module")
+def workplace(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config, tiny.py, and the folder of text files that it names."""
+    folder = tmp_path_factory.mktemp("workplace")
+    shutil.copy(template / "tiny.py", folder)
+    shutil.copytree(template / "text", folder / "text")
+    return folder
+
+
+def lm_in(folder: Path) -> Lm:
+    """Runs `python -m lm …` there; `after` and `number` send that signal when so many steps are logged."""
 
     def run(
         *arguments: str | Path, code: int = 0, after: int | None = None, number: int = signal.SIGTERM, text: str = ""
     ) -> subprocess.CompletedProcess[str]:
         program = ["-m", "lm"] if after is None else ["-c", SIGNALLED.format(step=after, number=int(number))]
         command = [sys.executable, *program, *map(str, arguments)]
-        ended = subprocess.run(command, cwd=workplace, input=text, capture_output=True, text=True, timeout=300)
+        ended = subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, timeout=300)
         assert ended.returncode == code, ended.stdout + ended.stderr
         return ended
 
     return run
 
 
+@pytest.fixture(scope="module")
+def lm(workplace: Path) -> Lm:
+    return lm_in(workplace)
+
+
 @pytest.fixture(scope="session")
-def undisturbed(lm: Lm, workplace: Path) -> Path:
+def template_undisturbed(template: Path) -> Path:
+    assert lm_in(template)("train", "tiny.py", "--run.dir", "undisturbed").stderr == ""
+    return template / "undisturbed"
+
+
+@pytest.fixture(scope="session")
+def template_stopped(template: Path) -> Path:
+    lm_in(template)("train", "tiny.py", "--run.dir", "stopped", code=75, after=7)
+    return template / "stopped"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(template_undisturbed: Path, workplace: Path) -> Path:
     """A finished run that nothing happened to. Not to be changed."""
-    ended = lm("train", "tiny.py", "--run.dir", "undisturbed")
-    assert ended.stderr == ""
+    (workplace / "undisturbed").symlink_to(template_undisturbed)
     return workplace / "undisturbed"
 
 
-@pytest.fixture(scope="session")
-def stopped(lm: Lm, workplace: Path) -> Path:
+@pytest.fixture(scope="module")
+def stopped(template_stopped: Path, workplace: Path) -> Path:
     """The same run, stopped by SIGTERM with 8 steps done. Not to be changed."""
-    lm("train", "tiny.py", "--run.dir", "stopped", code=75, after=7)
+    (workplace / "stopped").symlink_to(template_stopped)
     return workplace / "stopped"
 
 

@@ -14,6 +14,9 @@ import pytest
 from ..end_to_end.conftest import lm as lm
 from ..end_to_end.conftest import logged as logged
 from ..end_to_end.conftest import stopped as stopped
+from ..end_to_end.conftest import template as template
+from ..end_to_end.conftest import template_stopped as template_stopped
+from ..end_to_end.conftest import template_undisturbed as template_undisturbed
 from ..end_to_end.conftest import undisturbed as undisturbed
 from ..end_to_end.conftest import workplace as workplace
 

@@ -45,6 +45,10 @@ class Place:
             name: value,
         }
 
+    def sees_store(self) -> None:
+        """That of the fixture `store`, which may have come later."""
+        self.environment |= {name: os.environ[name] for name in ("MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE")}
+
     def start(self, workplace: Path, *options: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "lm", "train", "tiny.py", f"--run.dir={self.folder}/run", *options]
         return subprocess.Popen(
@@ -129,6 +133,7 @@ def test_a_library_that_is_broken(
     how: str, place: Place, workplace: Path, undisturbed: Path, logged: Logged, store: Path
 ) -> None:
     code, problem = BROKEN[how]
+    place.sees_store()
     (place.folder / "mlflow.py").write_text(code)
     process = place.start(workplace, "--log.trackers=mlflow")
     said, _ = process.communicate(timeout=120)
@@ -139,9 +144,7 @@ def test_a_library_that_is_broken(
     assert len(about) <= 2  # once while training, once at the end
     (place.folder / "mlflow.py").unlink()
     command = [sys.executable, "-m", "lm", "track", f"{place.folder}/run", "--to", "mlflow"]
-    sent = subprocess.run(
-        command, env=place.environment | dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True
-    )
+    sent = subprocess.run(command, env=place.environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert sent.stdout == "sent 12 logged steps to mlflow\n", sent.stderr
 
 
@@ -174,7 +177,7 @@ def test_nothing_is_left_of_a_run_that_is_ended(
 
 
 def test_ctrl_c_lets_the_tracker_have_all(place: Place, workplace: Path, store: Path) -> None:
-    place.environment |= {name: os.environ[name] for name in ("MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE")}
+    place.sees_store()
     process = place.start(workplace, "--log.trackers=mlflow", "--log.every=50", *FOREVER)
     wait_until((place.folder / "run" / "trackers" / "mlflow.json").exists)
     os.killpg(process.pid, signal.SIGINT)
@@ -190,7 +193,7 @@ def test_a_run_in_a_bucket(place: Place, workplace: Path, undisturbed: Path, log
     bucket = FaultyBucket()
     try:
         place.environment |= bucket.variables
-        place.environment |= {name: os.environ[name] for name in ("MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE")}
+        place.sees_store()
         command = [sys.executable, "-m", "lm", "train", "tiny.py", "--run.dir=gs://bucket/run", "--log.trackers=mlflow"]
         ended = subprocess.run(
             command, cwd=workplace, env=place.environment, capture_output=True, text=True, timeout=200
