@@ -76,12 +76,12 @@ def curves(
                 notes.append(f"{one_line(run)} has no {one_line(metric)}")
     if not found:
         raise ConfigError("; ".join(["nothing can be drawn", *notes]))
-    label, unit = x, 1.0
+    label: str = x
     if x == "seconds":
         longest = max(max(curve.x) for curve in found)
         _, unit, name = next(row for row in _UNITS if longest >= row[0])
         found = [Curve(curve.name, [at / unit for at in curve.x], curve.y) for curve in found]
-        label = f"{name} in steps"  # type: ignore[assignment]
+        label = f"{name} in steps"
     return Curves(found, label, ", ".join(map(one_line, dict.fromkeys(metrics))), log, notes)
 
 

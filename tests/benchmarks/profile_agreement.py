@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def per_operation(trace: Trace) -> Seconds:
     return found
 
 
-def report(name: str, ours: Seconds, theirs: Seconds, without: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def report(name: str, ours: Seconds, theirs: Seconds, without: Collection[str] = ()) -> None:
     theirs = {operation: seconds for operation, seconds in theirs.items() if operation not in without}
     common = {operation: seconds for operation, seconds in ours.items() if operation in theirs}
     apart = [abs(ours[one] - theirs[one]) / theirs[one] for one in common if theirs[one]]

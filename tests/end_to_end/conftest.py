@@ -15,6 +15,7 @@ import pytest
 import lm as package
 
 Lm = Callable[..., subprocess.CompletedProcess[str]]
+Logged = Callable[[Path], list[dict[str, float]]]
 
 CONFIG = """
 from lm.data.config import DataConfig, TokenizerConfig
@@ -182,7 +183,7 @@ def of_this_start(name: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def logged() -> Callable[[Path], list[dict[str, float]]]:
+def logged() -> Logged:
     """The lines of metrics.jsonl without what depends on the clock."""
 
     def read(run: Path) -> list[dict[str, float]]:

@@ -5,14 +5,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .conftest import STALLS, Lm
-
-Logged = Callable[[Path], list[dict[str, float]]]
+from .conftest import STALLS, Lm, Logged
 
 
 def train(workplace: Path, run: str, happens: str, *, code: int) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,8 @@ from lm.checkpoint.checkpoints import list_checkpoints
 from lm.cli import main
 from lm.train import dashboard
 
-Lm = Callable[..., subprocess.CompletedProcess[str]]
+from .conftest import Lm
+
 Error = Callable[[int, list[str]], str]
 
 

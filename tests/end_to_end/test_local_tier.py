@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,8 @@ from lm.checkpoint.config import CheckpointConfig
 from lm.checkpoint.local import local_directory
 from lm.cli import main
 
-from .conftest import Lm
+from .conftest import Lm, Logged
 from .test_rewind import POISONED
-
-Logged = Callable[[Path], list[dict[str, float]]]
 
 # As `python -m lm`, but training waits for each save, and the process is killed when so many steps are logged.
 WAITS = """

@@ -1,8 +1,6 @@
 """A run of several sources: its mixture changes at a step that was planned, or that was thought of on the way."""
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +12,7 @@ from lm.data.batches import Batches
 from lm.data.corpus import open_corpus
 from lm.experiment import Config
 
-Lm = Callable[..., subprocess.CompletedProcess[str]]
-Logged = Callable[[Path], list[dict[str, float]]]
+from .conftest import Lm, Logged
 
 MIXED = """
 import dataclasses

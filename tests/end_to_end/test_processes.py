@@ -22,7 +22,7 @@ from lm.checkpoint.checkpoints import list_checkpoints
 from lm.data.batches import Batches
 from lm.data.corpus import open_corpus
 
-from .conftest import CONFIG, STALLS
+from .conftest import CONFIG, STALLS, Logged
 
 ROOT = Path(package.__file__).parent.parent
 
@@ -100,8 +100,6 @@ import json, sys
 from launch.local import run
 sys.exit(run(sys.argv[1].split("|"), json.loads(sys.stdin.read())))
 """
-
-Logged = Callable[[Path], list[dict[str, float]]]
 
 
 class Place:

@@ -12,7 +12,7 @@ import pytest
 
 from lm.profile import xplane
 
-from .conftest import Lm
+from .conftest import Lm, Logged
 
 LONG = ("--train.steps", "100000", "--eval.every", "0", "--checkpoint.every", "0")
 
@@ -47,9 +47,9 @@ def test_a_trace(lm: Lm, traced: Path) -> None:
     assert any(row["source"].startswith("lm/model/") for row in found["summary"]["operations"])
 
 
-def test_what_a_trace_changes(traced: Path, undisturbed: Path, logged: object) -> None:
+def test_what_a_trace_changes(traced: Path, undisturbed: Path, logged: Logged) -> None:
     """Nothing: the run has the same losses. What it took is no training time."""
-    assert logged(traced) == logged(undisturbed)  # type: ignore[operator]
+    assert logged(traced) == logged(undisturbed)
     events = [json.loads(line) for line in (traced / "journal.jsonl").read_text().splitlines()]
     assert events[-1]["milliseconds"]["profile"] > 0
 

@@ -1,11 +1,10 @@
 """A run with fill-in-the-middle and prefixes: built, trained, stopped, gone on with, looked at."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-Lm = Callable[..., subprocess.CompletedProcess[str]]
+from .conftest import Lm
 
 FILLED = """
 import dataclasses

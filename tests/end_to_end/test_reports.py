@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-Lm = Callable[..., subprocess.CompletedProcess[str]]
+from .conftest import Lm
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -25,8 +25,7 @@ from lm.train import journal, provenance
 from lm.train.progress import Progress
 from lm.train.run_directory import RunDirectory
 
-Lm = Callable[..., subprocess.CompletedProcess[str]]
-Logged = Callable[[Path], list[dict[str, float]]]
+from .conftest import Lm, Logged
 
 STOPPED_AT = 8
 

@@ -5,16 +5,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lm.checkpoint.checkpoints import list_checkpoints, read_attachment
 
-from .conftest import Lm
-
-Logged = Callable[[Path], list[dict[str, float]]]
+from .conftest import Lm, Logged
 
 # As `python -m lm`, but the batches of these numbers have a loss that is not finite.
 POISONED = """

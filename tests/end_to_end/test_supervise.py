@@ -14,8 +14,9 @@ import pytest
 import lm as package
 from lm.checkpoint.checkpoints import list_checkpoints
 
+from .conftest import Logged
+
 ROOT = Path(package.__file__).parent.parent
-Logged = Callable[[Path], list[dict[str, float]]]
 
 # Python imports this at its start. A run kills itself when it has logged as many steps as the first word of the file
 # KILLS says, and takes the word out; of several processes, the second does. At the word "meeting" the first does so

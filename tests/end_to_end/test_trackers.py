@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ import lm as package
 from ..track.conftest import service as service
 from ..track.conftest import store as store
 from ..track.servers import Wandb
-
-Lm = Callable[..., subprocess.CompletedProcess[str]]
-Logged = Callable[[Path], list[dict[str, float]]]
+from .conftest import Lm, Logged
 
 
 def lines(run: Path) -> list[dict[str, Any]]:

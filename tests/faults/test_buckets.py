@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,8 @@ pytest.importorskip("gcp_storage_emulator", reason="needs the package gcp-storag
 if find_spec("gcsfs") is None:  # to be imported later: it looks at variables
     pytest.skip("needs the package gcsfs", allow_module_level=True)
 
+from ..end_to_end.conftest import Logged
 from .faulty_bucket import FaultyBucket
-
-Logged = Callable[[Path], list[dict[str, float]]]
 
 # As `python -m lm`, but gcsfs asks again after a moment, and logs are uploaded often.
 QUICK = """

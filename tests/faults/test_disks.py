@@ -5,15 +5,12 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 from lm.checkpoint.checkpoints import list_checkpoints
 
+from ..end_to_end.conftest import Lm, Logged
 from .conftest import Disk, FaultyDisk, Run
-
-Lm = Callable[..., subprocess.CompletedProcess[str]]
-Logged = Callable[[Path], list[dict[str, float]]]
 
 
 def digests(run: Path) -> dict[int, str]:

@@ -1,18 +1,14 @@
 """A machine whose clock jumps, whose memory ends, and whose owner is in a hurry."""
 
 import signal
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lm.checkpoint.checkpoints import list_checkpoints
 
+from ..end_to_end.conftest import Lm, Logged
 from .conftest import Run
-
-Lm = Callable[..., subprocess.CompletedProcess[str]]
-Logged = Callable[[Path], list[dict[str, float]]]
 
 # As `python -m lm`, but the clock is an hour early or late, by turns.
 CLOCK = """

@@ -16,11 +16,11 @@ import pytest
 import lm as package
 from lm.train.config import TRACKERS
 
+from ..end_to_end.conftest import Logged
 from ..track.conftest import store as store
 from ..track.servers import hanging, refusing
 from .faulty_bucket import FaultyBucket
 
-Logged = Callable[[Path], list[dict[str, float]]]
 ROOT = Path(package.__file__).parent.parent
 
 # Python imports this at its start, also in the processes that training starts: they have less time at the end.

@@ -83,11 +83,10 @@ def cluster() -> Iterator[None]:
     before = dict(os.environ)
     os.environ |= {"PATH": path, "SLURM_CONF": str(folder / "slurm.conf")}
     commands = (munged, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "localhost"])
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     started: list[subprocess.Popen[bytes]] = []
     try:
         for command in commands:
-            started.append(subprocess.Popen(command, **quiet))  # type: ignore[call-overload]
+            started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
             time.sleep(1)
         until = time.monotonic() + 30
         while "idle" not in run("sinfo", "-h", "-o", "%T"):

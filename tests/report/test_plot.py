@@ -10,7 +10,7 @@ import pytest
 
 from lm.cli import main
 from lm.errors import ConfigError, StorageError
-from lm.report.curves import Curve, Curves, curves
+from lm.report.curves import Axis, Curve, Curves, curves
 from lm.report.figure import write
 from lm.report.terminal import Canvas, drawn, log_marks_in, marks_in
 
@@ -27,8 +27,8 @@ def run(tmp_path: Path) -> Path:
     return made(tmp_path / "run", lines=lines)
 
 
-def of(*runs: Path, metric: str = "loss", x: str = "step", smooth: int = 1, log: bool = False) -> Curves:
-    return curves(runs, [metric], x=x, smooth=smooth, log=log)  # type: ignore[arg-type]
+def of(*runs: Path, metric: str = "loss", x: Axis = "step", smooth: int = 1, log: bool = False) -> Curves:
+    return curves(runs, [metric], x=x, smooth=smooth, log=log)
 
 
 def test_points(run: Path) -> None:

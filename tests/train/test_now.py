@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WRITE_SECONDS", 0.02)
 
 
-def until(path: Path, doing: str) -> dict[str, object]:
+def until(path: Path, doing: str) -> dict[str, Any]:
     end = time.monotonic() + 30
     while (facts := read_now(path)) is None or facts["doing"] != doing:
         assert time.monotonic() < end, facts
@@ -34,10 +35,10 @@ def test_it_says_what_is_under_way_and_is_gone_at_the_end(tmp_path: Path) -> Non
         doing = "step", 7
         second = until(path, "step")
         assert second["done"] == 7
-        assert first["since"] < second["since"] <= second["time"] <= time.time()  # type: ignore[operator]
-        while read_now(path)["time"] == second["time"]:  # type: ignore[index]
+        assert first["since"] < second["since"] <= second["time"] <= time.time()
+        while (third := read_now(path)) is None or third["time"] == second["time"]:
             time.sleep(0.005)
-        assert read_now(path)["since"] == second["since"]  # type: ignore[index]
+        assert third["since"] == second["since"]
     assert list(tmp_path.iterdir()) == []
 
 

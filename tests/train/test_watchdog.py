@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -256,9 +256,9 @@ def endings(monkeypatch: pytest.MonkeyPatch) -> Endings:
     return Endings()
 
 
-def wait_until(done: object, seconds: float = 10) -> None:
+def wait_until(done: Callable[[], bool], seconds: float = 10) -> None:
     until = time.monotonic() + seconds
-    while not done() and time.monotonic() < until:  # type: ignore[operator]
+    while not done() and time.monotonic() < until:
         time.sleep(0.02)
 
 
