@@ -119,7 +119,7 @@ def _pattern(name: str) -> str:
 
 
 def compared(leaves: Mapping[str, Any], name: str) -> list[summary_pb2.Summary]:
-    """What the page of hparams compares of a run that is called so: what decides its result, and what came of it."""
+    """What the page of hparams compares of a run, and what came of it. Those with one name are one row of it."""
     sections = ("run.seed", "model.", "optim.", "train.")
     values = {
         key: value if isinstance(value, bool | int | float | str) else _spelled(value)

@@ -57,16 +57,17 @@ class Evaluator:
         return result.values() | self._look(state, k, log)
 
     def at_the_end(self, state: TrainState, log: Log) -> None:
-        """On all held-out text; adds to what was logged of the last step."""
+        """On all held-out text; adds to what was logged of the last step. Shown at the step after it, as
+        `Summaries.amend_last` does: a start that finds all steps done shows it once more, in its place."""
         steps = self._config.train.steps
         if self._feed.held_out is not None:
             result = self._held_out(state, list(range(len(self._feed.held_out))), steps)
-            log.amend_last(steps - 1, result.values() | self._look(state, steps - 1, log))
+            log.amend_last(steps - 1, result.values() | self._look(state, steps, log))
             self._say(
                 f"held-out: {result.bits_per_byte:.4f} bits per byte, loss {result.loss:.4f} nats per token, "
                 f"perplexity {result.perplexity:.2f}, over {human_count(result.bytes)} bytes never trained on"
             )
-        if text := self._sample(state, steps - 1, log):
+        if text := self._sample(state, steps, log):
             self._say("sample:\n" + "\n".join("    " + line for line in text.splitlines()))
 
     def _held_out(self, state: TrainState, which: list[int], step: int) -> HeldOut:

@@ -35,6 +35,8 @@ class Ledger:
     entries: tuple[Entry, ...]
     rewinds: tuple[Rewind, ...] = ()
     """Those that are still seen in the batches, in order of their steps."""
+    times: int = 0
+    """How often the run has gone back in all, also where that is no longer seen."""
 
     @property
     def skips(self) -> Skips:
@@ -44,7 +46,7 @@ class Ledger:
         """This, of a run that goes back to `step` and leaves out all that was taken before step `until`."""
         kept = tuple(one for one in self.rewinds if one.step < step)
         left_out = self.skips.rewound(step, until).all[-1].batches
-        return dataclasses.replace(self, rewinds=(*kept, Rewind(step, until, left_out, attempt)))
+        return dataclasses.replace(self, rewinds=(*kept, Rewind(step, until, left_out, attempt)), times=self.times + 1)
 
 
 def entry(corpus: Corpus, from_step: int) -> Entry:
@@ -60,18 +62,18 @@ def read(contents: bytes) -> Ledger:
     """What `write` wrote. Raises StorageError for anything else."""
     try:
         found = json.loads(contents)
-        body = {"data": found, "rewinds": []} if isinstance(found, list) else found  # what no run had gone back in
-        return Ledger(
-            tuple({key: one[key] for key in ("from_step", "sources", "phases")} for one in body["data"]),
-            tuple(Rewind(**one) for one in body["rewinds"]),
-        )
+        # A list: of when no run had gone back.
+        body: dict[str, Any] = {"data": found, "rewinds": []} if isinstance(found, list) else found
+        rewinds = tuple(Rewind(**one) for one in body["rewinds"])
+        entries = tuple({key: one[key] for key in ("from_step", "sources", "phases")} for one in body["data"])
+        return Ledger(entries, rewinds, body.get("times", sum(one.attempt for one in rewinds)))
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{FILE} of the checkpoint cannot be read: {error!r}") from None
 
 
 def write(ledger: Ledger) -> bytes:
-    body = {"data": list(ledger.entries), "rewinds": [dataclasses.asdict(one) for one in ledger.rewinds]}
-    return (json.dumps(body, indent=1) + "\n").encode()
+    rewinds = [dataclasses.asdict(one) for one in ledger.rewinds]
+    return (json.dumps({"data": ledger.entries, "rewinds": rewinds, "times": ledger.times}, indent=1) + "\n").encode()
 
 
 def of_checkpoint(directory: str | os.PathLike[str], step: int) -> Ledger:

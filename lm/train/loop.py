@@ -288,7 +288,7 @@ class _Run:
 
     def describe(self) -> None:
         """Shows what does not come from steps: config, plan, and the page of charts."""
-        self.summaries.config(self.config)
+        self.summaries.config(self.config, self.journal.run)
         if lines := self.forecast.lines:
             self.summaries.text(0, "plan", verbatim("\n".join(lines)))
 
@@ -431,8 +431,8 @@ class _Run:
         self.journal.step(k)
         self.journal.saved(self.checkpoints.last_good)
         self.checkpoints.check()
-        if rewinds := self.feed.ledger.rewinds:
-            values["rewinds"] = sum(one.attempt for one in rewinds)
+        if rewinds := self.feed.ledger.times:
+            values["rewinds"] = rewinds
             values["batches_left_out"] = self.feed.batches.skips.batch(k) - k
         values |= extra
         if k % self.config.log.every == 0 or k == self.config.train.steps - 1 or extra or streak:

@@ -84,9 +84,10 @@ class Probe:
         self._every = -(-evaluations // PICTURES) or 1
 
     def look(self, state: TrainState, step: int, summaries: Summaries | NoSummaries) -> dict[str, float]:
-        """Values for metrics.jsonl; pictures and histograms go to TensorBoard, now and then."""
+        """Values for metrics.jsonl; pictures and histograms go to TensorBoard, now and then and when all steps are
+        done: `step` is the last done one, or at the end the one after it."""
         found: Looked = jax.device_get(self._look(state.params, self._momenta(state), self._batch))
-        every, last = self._config.eval.every * self._every, step == self._config.train.steps - 1
+        every, last = self._config.eval.every * self._every, step == self._config.train.steps
         if last or (step + 1) % every == 0:
             self._try_to_show(found, step, summaries)
         return self._values(found.observed) if found.observed else {}

@@ -91,11 +91,12 @@ class Summaries:
         """Shows in TensorBoard what lm/train/events.py makes: an image, a histogram."""
         self._events.add(step=step, summary=summary)
 
-    def config(self, config: Config) -> None:
-        """Shows the config that this start of the run uses, how it compares with others, and the page of charts."""
+    def config(self, config: Config, run: str) -> None:
+        """Shows the config that this start of the `run`, an id, uses, how it compares with others, and the page of
+        charts."""
         self.text(self._begin, "config", verbatim(configs.to_json(config)))
         # They count for the whole run: only the first is read.
-        for summary in (dashboard.layout(), *dashboard.compared(configs.leaves(config), self._name)):
+        for summary in (dashboard.layout(), *dashboard.compared(configs.leaves(config), f"{self._name} {run[:6]}")):
             self.show(0, summary)
 
     def close(self) -> None:
@@ -121,7 +122,7 @@ class NoSummaries:
 
     def show(self, step: int, summary: summary_pb2.Summary) -> None: ...
 
-    def config(self, config: Config) -> None: ...
+    def config(self, config: Config, run: str) -> None: ...
 
     def close(self) -> None: ...
 

@@ -78,7 +78,7 @@ def row(config: Config, pairs: int) -> str:
         a_line = line_seconds(config, jax.device_get(metrics), log)
         probe = Probe(config, mesh, abstract, jax.device_get(batch), BytesTokenizer(), print)
         looks = [timed(lambda k=k: probe.look(states[seen], k, log)) for k in (0, 1, 2)][1:]  # no picture is due
-        last = config.train.steps - 1
+        last = config.train.steps
         pictures = [timed(lambda: probe.look(states[seen], last, log)) for _ in range(3)][1:]
         log.close()
     look, picture = min(looks), min(pictures)

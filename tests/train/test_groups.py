@@ -73,6 +73,11 @@ def test_a_kind_is_over_all_layers() -> None:
     assert found.whole == pytest.approx(norm(jax.tree.leaves(tree)), rel=1e-5)
 
 
+def test_which_layers_are_in_a_range() -> None:
+    found = [layer_depths(dataclasses.replace(MODEL, layers=layers)).tolist() for layers in (2, 9, 18)]
+    assert found == [[1, 2], [1, 1, 2, 3, 4, 5, 6, 7, 8], [1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8]]
+
+
 @pytest.mark.parametrize("layers", [1, 2, 5, 8, 9, 21])
 def test_depths_are_ranges_of_layers(layers: int) -> None:
     model = dataclasses.replace(MODEL, layers=layers)

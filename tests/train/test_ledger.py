@@ -1,5 +1,6 @@
 """What a run that goes on may be trained on."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,21 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
 def test_returns_are_kept() -> None:
     found = Ledger((ledger.entry(corpus((0, HALVES)), 0),)).rewound(4, 9, 1)
     assert found.rewinds == (Rewind(4, 9, 5, 1),)
+    assert found.times == 1
     assert found.rewound(6, 8, 1).skips.all == (Skip(4, 5), Skip(6, 2))
     assert found.rewound(2, 8, 2).rewinds == (Rewind(2, 8, 11, 2),)
     assert ledger.read(ledger.write(found)) == found
+
+
+def test_every_return_counts() -> None:
+    """Also one of which nothing is seen any more, as a later one went back beyond it."""
+    found = Ledger((ledger.entry(corpus((0, HALVES)), 0),))
+    for number, (step, until, attempt) in enumerate([(100, 170, 1), (200, 270, 1), (100, 225, 2), (50, 180, 3)], 1):
+        found = found.rewound(step, until, attempt)
+        assert ledger.read(ledger.write(found)).times == number
+    assert [one.step for one in found.rewinds] == [50]
+    before = json.dumps({"data": list(found.entries), "rewinds": [dataclasses.asdict(one) for one in found.rewinds]})
+    assert ledger.read(before.encode()).times == 3, "of one that was kept before they were counted"
 
 
 def test_what_was_kept_before_runs_went_back_is_read() -> None:

@@ -4,16 +4,21 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.util import tensor_util
 
 from lm.data.tokenizers import BytesTokenizer
 from lm.experiment import Config
 from lm.model.config import ModelConfig
+from lm.model.observe import observe
+from lm.model.transformer import bind
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.train.config import EvalConfig, TrainConfig
 from lm.train.groups import groups_of
 from lm.train.health import Health
+from lm.train.histograms import EDGES
 from lm.train.images import attention_maps, token_losses
 from lm.train.probe import PICTURES, TEXTS, TOKENS, Probe, jit_look
 from lm.train.state import abstract_state, init_state
@@ -41,13 +46,15 @@ def batch_of(rows: int = 8, length: int = 200) -> dict[str, np.ndarray]:
 
 
 class Shown:
-    """In place of summaries: which tags came at which step."""
+    """In place of summaries: which tags came at which step, and the last value of each."""
 
     def __init__(self) -> None:
         self.tags: list[tuple[int, str]] = []
+        self.last: dict[str, Any] = {}
 
     def show(self, step: int, summary: Any) -> None:
         self.tags += [(step, value.tag) for value in summary.value]
+        self.last |= {value.tag: value for value in summary.value}
 
 
 def probe_on(config: Config) -> tuple[Probe, Any]:
@@ -74,11 +81,11 @@ def test_it_sees_the_same_on_a_mesh(mesh: dict[str, int]) -> None:
 def test_pictures_are_made_so_often_at_most() -> None:
     probe, state = probe_on(CONFIG)
     shown = Shown()
-    for step in (*range(9, 1000, 10), 999):
+    for step in (*range(9, 1000, 10), 1000):
         probe.look(state, step, shown)
     pictures = [step for step, tag in shown.tags if tag == "attention"]
-    assert len(set(pictures)) <= PICTURES
-    assert (pictures[0], pictures[-1]) == (19, 999)
+    assert len(pictures) <= PICTURES + 1
+    assert (pictures[0], pictures[-2:]) == (19, [999, 1000])
     of_one = {tag for step, tag in shown.tags if step == 19}
     matrices = {name for name in groups_of(CONFIG.model).depths if name != "final_norm"}
     assert of_one == {"attention", "loss of each token", *(f"parameters/{name}" for name in matrices)}, "no momenta yet"
@@ -106,7 +113,7 @@ def test_it_needs_no_room_for_the_model(mesh: MeshConfig) -> None:
 def test_of_a_pipeline_it_shows_histograms() -> None:
     probe, state = probe_on(dataclasses.replace(CONFIG, mesh=PIPELINE))
     shown = Shown()
-    assert probe.look(state, 999, shown) == {}
+    assert probe.look(state, 1000, shown) == {}
     assert {tag for _, tag in shown.tags} >= {"parameters/layer_0", "parameters/layer_3"}
 
 
@@ -115,8 +122,8 @@ def test_a_picture_that_cannot_be_drawn_ends_nothing(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(probe, "_tokenizer", None)
     said: list[str] = []
     monkeypatch.setattr(probe, "_say", said.append)
-    assert "attention_entropy" in probe.look(state, 999, Shown())
-    assert said == ["step 999 is not shown in pictures: AttributeError: 'NoneType' object has no attribute 'piece'"]
+    assert "attention_entropy" in probe.look(state, 1000, Shown())
+    assert said == ["step 1000 is not shown in pictures: AttributeError: 'NoneType' object has no attribute 'piece'"]
 
 
 def test_only_the_begin_of_the_text_is_looked_at() -> None:
@@ -137,6 +144,53 @@ def test_shares_of_steps_and_what_each_depth_does() -> None:
     assert values["update_ratio/layer_0"] == 0.125
     assert np.isfinite(values[f"update_ratio/{names[0]}"]), "also of what is all zero"
     assert health.values(norms)["clipped_share"] == 0, "since the last time"
+
+
+def test_each_depth_is_given_its_own_layers() -> None:
+    """Of 9 layers in 8 ranges, of which the first has two."""
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, layers=9))
+    probe, state = probe_on(config)
+    attention = state.params["layers"]["0"]["attention"]
+    attention["query"] *= jnp.arange(10.0, 100.0, 10.0).reshape(9, *[1] * (attention["query"].ndim - 1))
+    shown = Shown()
+    values = probe.look(state, 1000, shown)
+    text = {name: jnp.asarray(x[:TEXTS, :TOKENS]) for name, x in batch_of().items() if x.ndim == 2}
+    seen = jax.jit(lambda: observe(bind(config.model, state.params), text, jnp.float32))()
+    assert values["attention_entropy/layers_0-1"] == pytest.approx(float(seen.entropy[:2].mean()), rel=1e-4)
+    assert values["attention_logit/layers_0-1"] == pytest.approx(float(seen.largest_logit[:2].max()), rel=1e-4)
+    for layer in (2, 8):
+        assert values[f"attention_entropy/layer_{layer}"] == pytest.approx(float(seen.entropy[layer].mean()), rel=1e-4)
+        assert values[f"attention_logit/layer_{layer}"] == pytest.approx(float(seen.largest_logit[layer]), rel=1e-4)
+    assert len({f"{seen.entropy[layer].mean():.5f}" for layer in range(9)}) == 9, "so that they can be told apart"
+
+    blocks = state.params["layers"]["0"]
+    arrays = [np.asarray(x[2]) for x in jax.tree.leaves(blocks) if x.ndim > 2]
+    flat = np.concatenate([x.ravel() for x in arrays])
+    scale = np.sqrt(np.square(flat).mean())
+    # As TensorBoard keeps it: a row is where a bin begins, where it ends, and how many are in it.
+    bins = tensor_util.make_ndarray(shown.last["parameters/layer_2"].tensor)
+    assert bins[1:, 0] == pytest.approx(bins[:-1, 1])
+    assert bins[1:-1] == pytest.approx(
+        np.stack([scale * EDGES[:-1], scale * EDGES[1:], np.histogram(flat, scale * EDGES)[0]], axis=1), rel=1e-3
+    )
+
+
+def test_where_a_map_is_dark() -> None:
+    maps = np.zeros((1, 2, 8, 8), np.float32)
+    maps[0, 1, 6, 2] = 1.0  # of the second head, token 6 looks at token 2
+    picture = np.asarray(attention_maps(maps, [0]).convert("L"))
+    dark = np.argwhere(picture < 80)
+    [(left, top)] = [(16 + 8, 22)]  # after the first head and two margins, below the line with the words
+    assert [top + 6, left + 2] in dark.tolist()
+    assert picture[top + 2, left + 6] == 255
+
+
+def test_how_red_a_token_is() -> None:
+    picture = np.asarray(token_losses(["aaa", "bbb"], np.array([0.0, 9.0]), np.array([True, True])).convert("RGB"))
+    row = picture[9].tolist()  # above the letters
+    assert row[10] == [255, 255, 255]
+    assert [255, 65, 65] in row
+    assert row.index([255, 65, 65]) > 20
 
 
 def test_images_of_odd_texts() -> None:

@@ -86,7 +86,7 @@ def test_tensorboard_has_a_section_for_each_kind(tmp_path: Path) -> None:
     log = start(tmp_path)
     log.scalars(5, {"loss": 1, "grad_norm": 2, "grad_norm/embedding": 3, "mfu": 4, "probe": 5, "heldout_loss/books": 6})
     log.text(5, "samples/greedy", verbatim("a *b*\n\n<c> \udce9"))
-    log.config(Config(run=RunConfig(seed=1)))
+    log.config(Config(run=RunConfig(seed=1)), "0123456789ab")
     log.close()
     board = dashboard(tmp_path)
     assert set(board.Tags()["scalars"]) == {
@@ -125,7 +125,7 @@ from lm.train.run_directory import RunDirectory
 from lm.train.summaries import Summaries
 with RunDirectory(sys.argv[1]) as run:
     log = Summaries(run, first_step=0, report=sys.exit)
-    log.config(Config(run=RunConfig(dir="first start")))
+    log.config(Config(run=RunConfig(dir="first start")), "0123456789ab")
     for step in itertools.count(1):
         log.scalars(step, {"loss": step + 0.5, "tokens": 100 * step, "note_" + "x" * 500: 1.0})
 """
@@ -150,7 +150,7 @@ def test_a_run_that_was_killed_and_resumed_has_every_step_once(tmp_path: Path) -
     # Twice in a row, and at once: the event files' names must not depend on the second.
     for first_step, last_step in ((40, 45), (42, 50)):
         log = start(tmp_path, first_step)
-        log.config(Config(run=RunConfig(dir=f"start after {first_step}")))
+        log.config(Config(run=RunConfig(dir=f"start after {first_step}")), "0123456789ab")
         for step in range(first_step, last_step + 1):
             log.scalars(step, {"loss": -float(step), "tokens": 100 * step})
         log.close()
