@@ -235,6 +235,7 @@ def test_each_process_reads_its_rows_and_no_other(place: Place, two: Path) -> No
         assert (read[0][step], read[1][step]) == (expected[:2], expected[2:])
 
 
+@pytest.mark.slow
 def test_four_processes_killed_and_two_go_on(place: Place, one: Path, logged: Logged) -> None:
     ended = place.launch(4, 1, "train", "tiny.py", "--run.dir", "killed", code=137, program=PROGRAM, HAPPENS="2 8 9")
     assert f"[0] lm: process 2 on {socket.gethostname()} (pid " in ended.stderr
@@ -352,6 +353,7 @@ Checkpoints._start = start_slowly
 """
 
 
+@pytest.mark.slow
 def test_one_that_saves_slowly_is_named(place: Place) -> None:
     command = ("train", "tiny.py", "--run.dir", "saves_slowly", "--eval.every=0")
     said = place.launch(2, 1, *command, program=SAVES_SLOWLY + PROGRAM).stdout
@@ -359,7 +361,7 @@ def test_one_that_saves_slowly_is_named(place: Place) -> None:
     assert re.search(line, said, re.MULTILINE), said
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_that_is_stopped_for_good_ends_the_other(who: int, place: Place, two: Path, logged: Logged) -> None:
     name, port = f"frozen_{who}", free_port()
     command = ("train", "tiny.py", "--run.dir", name, "--sample.tokens=6", "--watchdog.step_seconds=8")

@@ -129,6 +129,7 @@ def test_sigterm_saves_and_ends_it(workplace: Path) -> None:
     assert line.startswith(f"lm: stopped by SIGTERM: {done} of 100000 steps are done and saved")
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_is_killed_and_all_start_again(
     faulty: Callable[..., dict[str, str]], workplace: Path
 ) -> None:

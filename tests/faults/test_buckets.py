@@ -313,6 +313,7 @@ def test_a_run_through_failures(
     same_as(undisturbed, run, logged, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_whose_storage_hangs_and_is_away(
     bucket: FaultyBucket, undisturbed: Path, workplace: Path, logged: Logged, tmp_path: Path
 ) -> None:

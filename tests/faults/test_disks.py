@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from lm.checkpoint.checkpoints import list_checkpoints
 
 from ..end_to_end.conftest import Lm, Logged
@@ -90,6 +92,7 @@ def test_errors_while_it_is_read(
     assert logged(run) == logged(undisturbed)
 
 
+@pytest.mark.slow
 def test_slow(faulty_disk: FaultyDisk, undisturbed: Path, workplace: Path, logged: Logged) -> None:
     faulty_disk.rules({"on": ["fsync", "rename"], "below": "run/checkpoints", "seconds": 0.5})
     run = faulty_disk.path / "run"

@@ -20,9 +20,11 @@ time.time = lambda: now() + next(off)
 sys.exit(main())
 """
 
-# As `python -m lm`, but from step 7 on there is no more memory, and much is wanted.
+# As `python -m lm`, but from step 7 on there is no more memory, and much is wanted. No save is under way then: Orbax
+# would wait for ever for what had no memory to answer, and training up to checkpoint.give_up_seconds for Orbax.
 MEMORY = """
-import resource, sys
+import resource, sys, time
+from lm.checkpoint.checkpoints import list_checkpoints
 from lm.cli import main
 from lm.train.progress import Progress
 
@@ -31,6 +33,9 @@ update = Progress.update
 def update_and_fill(self, step, values):
     update(self, step, values)
     if step == 7:
+        folder = sys.argv[-1].removeprefix("--run.dir=") + "/checkpoints"
+        while not any(info.step == 6 and info.problem is None for info in list_checkpoints(folder)):
+            time.sleep(0.1)
         with open("/proc/self/statm") as file:
             size = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + 2**26, size + 2**26))

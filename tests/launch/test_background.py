@@ -72,6 +72,7 @@ def test_from_nothing_to_a_run_that_is_stopped_and_goes_on(launch: Launch, machi
     assert len(losses(folder / "run")) > done, "what the run has written stays"
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_one_process(launch: Launch, machines: Path, folder: Path) -> None:
     launch("up", machines, "config.py", "--follow", "--local.processes=4")
     found, expected = losses(folder / "run"), undisturbed(folder)

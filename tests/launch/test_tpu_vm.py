@@ -246,6 +246,7 @@ def test_no_space_on_one(cloud: Cloud) -> None:
         subprocess.run(["umount", "-l", small], check=True)
 
 
+@pytest.mark.slow
 def test_the_usual_installation(cloud: Cloud, folder: Path) -> None:
     """Its lines, with a uv that notes what it is asked and makes an environment that leads to this Python."""
     uv = cloud.here / "vm_bin" / "uv"
