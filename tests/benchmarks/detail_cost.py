@@ -1,9 +1,9 @@
 """What it costs to see a run: norms by depth in the step, lines logged, and the look inside, as shares of step time.
 
-    python tests/benchmarks/detail_cost.py [CONFIG] [--layers 4 16 64] [--pairs 5] [--section.key=value …]
+    python tests/benchmarks/detail_cost.py [CONFIG] [--layers 4 16 64] [--pairs 15] [--section.key=value …]
 
 For each number of layers: the train step with norms by kind and depth against one that only has the three whole norms
-(pairs, one after the other, of the same steps); writing one line of all values to metrics.jsonl and TensorBoard; and a
+(pairs of three steps each, one after the other); writing one line of all values to metrics.jsonl and TensorBoard; and a
 look inside, with and without pictures. Shares are of the time of a step, at `log.every` and `eval.every` of the config.
 """
 
@@ -39,9 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default=QUICKSTART)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16, 64])
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=15)
     options, overrides = parser.parse_known_args()
-    print("layers   step ms   norms     log ms a line   look ms   with pictures ms   all, share of a step")
+    print("layers   step ms   norms (quartiles)     log ms a line   look ms   with pictures ms   all, of a step")
     for layers in options.layers:
         more = [*overrides, f"--model.layers={layers}", "--model.vocab_size=258", "--data.tokenizer.kind=bytes"]
         print(row(configs.load(options.config, Config, more), options.pairs), flush=True)
@@ -59,9 +59,9 @@ def row(config: Config, pairs: int) -> str:
         unseen = jit_train_step(config, mesh).lower(abstract, batch).compile()
     ratios, seconds = [], []
     states = {seen: draw(jax.random.key(0)), unseen: draw(jax.random.key(0))}
-    for _ in range(pairs + 1):
+    for pair in range(pairs + 1):
         took = {}
-        for program in (seen, unseen):
+        for program in (seen, unseen) if pair % 2 else (unseen, seen):
             begin = time.perf_counter()
             for _ in range(3):
                 states[program], metrics = program(states[program], batch)
@@ -69,7 +69,8 @@ def row(config: Config, pairs: int) -> str:
             took[program] = (time.perf_counter() - begin) / 3
         ratios.append(took[seen] / took[unseen])
         seconds.append(took[seen])
-    a_step, norms = statistics.median(seconds[1:]), statistics.median(ratios[1:]) - 1
+    a_step = statistics.median(seconds[1:])
+    low, norms, high = (ratio - 1 for ratio in statistics.quantiles(ratios[1:], n=4))
 
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(folder)
@@ -84,7 +85,7 @@ def row(config: Config, pairs: int) -> str:
     look, picture = min(looks), min(pictures)
     share = norms + (a_line / config.log.every + picture / config.eval.every) / a_step
     return (
-        f"{config.model.layers:6}   {a_step * 1e3:7.1f}   {norms:+6.2%}   {a_line * 1e3:13.2f}   {look * 1e3:7.1f}   "
+        f"{config.model.layers:6}   {a_step * 1e3:7.1f}   {norms:+6.2%} ({low:+.1%} to {high:+.1%})   {a_line * 1e3:13.2f}   {look * 1e3:7.1f}   "
         f"{picture * 1e3:16.1f}   {share:.2%}"
     )
 
