@@ -85,8 +85,8 @@ def row(config: Config, pairs: int) -> str:
     look, picture = min(looks), min(pictures)
     share = norms + (a_line / config.log.every + picture / config.eval.every) / a_step
     return (
-        f"{config.model.layers:6}   {a_step * 1e3:7.1f}   {norms:+6.2%} ({low:+.1%} to {high:+.1%})   {a_line * 1e3:13.2f}   {look * 1e3:7.1f}   "
-        f"{picture * 1e3:16.1f}   {share:.2%}"
+        f"{config.model.layers:6}   {a_step * 1e3:7.1f}   {norms:+6.2%} ({low:+.1%} to {high:+.1%})   "
+        f"{a_line * 1e3:13.2f}   {look * 1e3:7.1f}   {picture * 1e3:16.1f}   {share:.2%}"
     )
 
 
