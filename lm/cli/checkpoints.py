@@ -3,13 +3,10 @@
 import argparse
 import contextlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm.cli.common import add, add_group, run_directory
 from lm.errors import StorageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_verbs(verbs: Any) -> None:
