@@ -10,19 +10,19 @@ from typing import Any
 
 from lm.train.progress import human_seconds
 
-CAUSES = {
-    "step": "new steps",
-    "replay": "steps that an earlier start, or this one before it went back, had done",
-    "input": "waiting for the next batch",
-    "save": "held up by a save",
-    "evaluation": "held-out text and samples",
-    "profile": "beginning and writing traces",
-    "compile": "compiling the step",
-    "restore": "reading a checkpoint, or drawing the first state",
-    "start": "start of the processes, data, until the first step",
-    "other": "closing down, and what has no name",
-    "lost": "of killed starts, what came after their last event; and the time until the next start",
-}
+CAUSES = (
+    "step",  # new steps
+    "replay",  # steps that an earlier start, or this one before it went back, had done
+    "input",  # waiting for the next batch
+    "save",  # held up by a save
+    "evaluation",  # held-out text and samples
+    "profile",  # beginning and writing traces
+    "compile",  # compiling the step
+    "restore",  # reading a checkpoint, or drawing the first state
+    "start",  # start of the processes, data, until the first step
+    "other",  # closing down, and what has no name
+    "lost",  # of killed starts, what came after their last event; and the time until the next start
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +49,10 @@ class Goodput:
 
     def line(self) -> str:
         """`goodput 93% of 3d04h: compile 4%, save 2%, lost 1%`"""
-        percent = _hundred(self.milliseconds, 100)
+        percent = _percent(self.milliseconds)
         rest = sorted((cause for cause in percent if cause != "step" and percent[cause]), key=lambda c: -percent[c])
         where = ": " + ", ".join(f"{cause} {percent[cause]}%" for cause in rest) if rest else ""
         return f"goodput {percent['step']}% of {human_seconds(self.total / 1000)}{where}"
-
-    def table(self) -> list[str]:
-        """Lines: for each cause its share, its time, and what it is."""
-        tenths = _hundred(self.milliseconds, 1000)
-        return [
-            f"{cause:<11}{tenths[cause] / 10:5.1f}%  {human_seconds(spent / 1000):>7}  {CAUSES[cause]}"
-            for cause, spent in self.milliseconds.items()
-        ]
 
 
 def goodput(events: Iterable[Mapping[str, Any]]) -> Goodput:
@@ -91,11 +83,11 @@ def _milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def _hundred(parts: Mapping[str, int], units: int) -> dict[str, int]:
-    """Whole numbers in proportion to the parts that add up to `units`: the largest remainders are rounded up."""
+def _percent(parts: Mapping[str, int]) -> dict[str, int]:
+    """Whole numbers in proportion to the parts that add up to 100: the largest remainders are rounded up."""
     total = max(sum(parts.values()), 1)
-    whole = {name: part * units // total for name, part in parts.items()}
-    left = units - sum(whole.values()) if any(parts.values()) else 0
-    for name in sorted(parts, key=lambda name: -(parts[name] * units % total))[:left]:
+    whole = {name: part * 100 // total for name, part in parts.items()}
+    left = 100 - sum(whole.values()) if any(parts.values()) else 0
+    for name in sorted(parts, key=lambda name: -(parts[name] * 100 % total))[:left]:
         whole[name] += 1
     return whole

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -76,8 +77,6 @@ def test_a_run_as_it_should_be(tmp_path: Path, clock: Clock) -> None:
     }
     assert goodput(events) == live == Goodput(expected, 1)
     assert live.line() == "goodput 10% of 30s: compile 34%, evaluation 20%, start 17%, other 13%, input 6%"
-    assert len(live.table()) == len(CAUSES)
-    assert "compile     33.6%      10s  compiling the step" in live.table()
     assert live.values() == {f"goodput/{name}": spent / 29_800 for name, spent in expected.items()} | {
         "goodput/restarts": 0
     }
@@ -186,7 +185,7 @@ def test_killed_at_random_moments_nothing_is_counted_twice_or_not_at_all(
     else:
         assert found.total == round(read(path)[-1]["time"] * 1000) - BEGIN
     assert found.milliseconds == spent
-    assert sum(int(line[11:16].replace(".", "")) for line in found.table()) == 1000
+    assert sum(map(int, re.findall(r"(\d+)%", found.line()))) == 100
 
 
 def test_percentages_add_up() -> None:
