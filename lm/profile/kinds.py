@@ -24,7 +24,6 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-KINDS = (PRODUCTS, ATTENTION, KERNELS, ELEMENTWISE, REDUCTIONS, INDEXED, COPIES, *COLLECTIVES, HOST, LOOPS, OTHER)
 
 _PRODUCTS = {"dot", "convolution", "ragged-dot", "scaled-dot"}
 _REDUCTIONS = {"reduce", "reduce-window", "select-and-scatter", "batch-norm-training", "batch-norm-grad"}

@@ -75,11 +75,6 @@ class Summary:
         """Seconds of all operations."""
         return sum(row.seconds for row in self.kinds)
 
-    @property
-    def exposed(self) -> float:
-        """Seconds in which nothing was computed beside collectives and transfers."""
-        return sum(one.exposed for one in self.exchanges)
-
     def share(self, kind: str) -> float:
         """Of the seconds of all operations; 0 to 1."""
         return sum(row.seconds for row in self.kinds if row.name == kind) / self.total if self.total else 0.0
@@ -92,7 +87,7 @@ def summarize(trace: Trace) -> Summary:
     """
     if not trace.devices:
         raise ValueError("no operation of any device")
-    views = [_View(device, trace) for device in trace.devices]
+    views = [_View(device) for device in trace.devices]
     count = len(views)
 
     def mean(seconds: Callable[[_View], float]) -> float:
@@ -147,7 +142,7 @@ def summarize(trace: Trace) -> Summary:
 class _View:
     """What one device did in its steps."""
 
-    def __init__(self, device: Device, trace: Trace):
+    def __init__(self, device: Device):
         self.runs = max(len(device.runs), 1)
         everything = device.runs or [(span.begin, span.end) for span in device.spans]
         self.begin, self.end = min(begin for begin, _ in everything), max(end for _, end in everything)
