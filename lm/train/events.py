@@ -48,20 +48,20 @@ def text(tag: str, markdown: str) -> summary_pb2.Summary:
     return found
 
 
-def image(tag: str, pixels: Image.Image, about: str = "") -> summary_pb2.Summary:
+def image(tag: str, pixels: Image.Image) -> summary_pb2.Summary:
     buffer = io.BytesIO()
     pixels.save(buffer, "PNG", optimize=True)
     words = [str(pixels.width).encode(), str(pixels.height).encode(), buffer.getvalue()]
     return _tensor(
         tag,
-        image_plugin.create_summary_metadata(display_name=None, description=about, converted_to_tensor=True),
+        image_plugin.create_summary_metadata(display_name=None, description="", converted_to_tensor=True),
         np.array(words, dtype=object),
     )
 
 
-def histogram(tag: str, bins: np.ndarray, about: str = "") -> summary_pb2.Summary:
+def histogram(tag: str, bins: np.ndarray) -> summary_pb2.Summary:
     """bins: [n, 3], left and right edges, counts."""
-    metadata = histogram_plugin.create_summary_metadata(display_name=None, description=about)
+    metadata = histogram_plugin.create_summary_metadata(display_name=None, description="")
     return _tensor(tag, metadata, bins.astype(np.float64))
 
 
