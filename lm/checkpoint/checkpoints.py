@@ -241,7 +241,7 @@ class Checkpoints:
                 self._saving.thread.join(self._config.patience_seconds)
         if self._going():
             assert self._saving is not None
-            if self._retries.skipped(step):
+            if self._retries.skipped():
                 self._report(f"step {step} is not saved: the save of step {self._saving.step} is still going")
             return "not now"
         return "saved" if step == self.last_good else "go"

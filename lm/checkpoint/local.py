@@ -136,7 +136,7 @@ class LocalCheckpoints:
             return None
         if self._going():
             self._last = now
-            if self._retries.skipped(0):
+            if self._retries.skipped():
                 self._report("a local checkpoint is left out: the one before is still being written")
             return None
         return "checkpoint.local_seconds"

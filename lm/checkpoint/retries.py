@@ -29,7 +29,7 @@ class Retries:
         if self._tried_since is None:
             self._tried_since, self._problem = self._started, "a save is still going"
 
-    def skipped(self, step: int) -> bool:
+    def skipped(self) -> bool:
         """Whether it is the first one in a row."""
         self._skipped += 1
         first, self._owed = not self._owed, True
