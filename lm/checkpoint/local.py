@@ -216,7 +216,7 @@ class LocalCheckpoints:
 
     def remove_after(self, step: int) -> None:
         """Removes those of later steps: the run goes on from this one in another way."""
-        self._wait()
+        self.wait()
         self._whole = [whole for whole in self._whole if whole <= step]
         self._remove([saved for saved in _saved_steps(self.directory) if saved > step] if self._on else [])
 
@@ -224,7 +224,7 @@ class LocalCheckpoints:
         """Gives the space back: a durable checkpoint of the last step is there."""
         if not self._on:
             return
-        self._wait()
+        self.wait()
         self._whole = []
         self._remove(_saved_steps(self.directory))
         with contextlib.suppress(Exception):
@@ -233,16 +233,12 @@ class LocalCheckpoints:
             os.rmdir(self.directory.parent)  # the last process of the host does
 
     def wait(self) -> None:
-        """Returns when no save is going on any more."""
+        """Returns when no save is going on any more, or one has taken too long to wait for."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(WAIT_SECONDS)
 
     def _going(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
-
-    def _wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join(WAIT_SECONDS)
 
     def _remove(self, steps: Sequence[int]) -> None:
         with contextlib.suppress(Exception):  # epath raises others beside OSError
