@@ -1,17 +1,14 @@
 """A trace of a run that is going on: asked for, and waited for."""
 
-import fcntl
-import os
 import sys
 import time
 import uuid
 
 from lm.errors import ConfigError, StorageError
-from lm.files import is_url
 from lm.train.config import MOST_PROFILED_STEPS
 from lm.train.journal import read as read_journal
 from lm.train.profile_request import USUAL_STEPS, Request, answered, ask, is_taken, look_seconds, withdraw
-from lm.train.run_directory import RunDirectory
+from lm.train.run_directory import RunDirectory, is_held
 
 PATIENCE = 30
 """Looks of the run within which it takes a request; it looks only while it does steps."""
@@ -67,23 +64,13 @@ def _wait(run: RunDirectory, request: Request) -> str:
 
 
 def is_going_on(run: RunDirectory) -> bool:
-    """Whether a process trains it: by its lock, which the kernel frees; in a bucket, by its journal, in which a run
-    that was killed goes on."""
-    if is_url(run.path):
+    """Whether a process trains it: by its lock, which the kernel frees; where there are no locks, as in a bucket, by
+    its journal, in which a run that was killed goes on."""
+    held = is_held(run.path)
+    if held is None:
         events = [event for event in read_journal(run.journal) if "start" in event]
         return bool(events) and events[-1]["event"] != "end"
-    try:
-        descriptor = os.open(run.path / ".lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(descriptor)
+    return held
 
 
 def _say(line: str) -> None:
