@@ -1,8 +1,6 @@
 """The traces of a run: which there are, and one of them read, beside what the run says of itself."""
 
 import dataclasses
-import json
-from typing import Any
 
 from lm import config as configs
 from lm.chips import chip_of
@@ -15,6 +13,7 @@ from lm.profile.trace import trace_of
 from lm.profile.xplane import read
 from lm.train.journal import facts_of_last
 from lm.train.journal import read as read_journal
+from lm.train.metrics import read as read_metrics
 from lm.train.profiler import traces_folder
 from lm.train.run_directory import RunDirectory
 
@@ -130,11 +129,10 @@ def _config(run: RunDirectory) -> Config | None:
 def _logged(run: RunDirectory, summary: Summary) -> tuple[float | None, float | None]:
     """Step time by metrics.jsonl, of the first line that has all of the steps behind it, and the newest prediction."""
     try:
-        lines: list[dict[str, Any]] = [json.loads(line) for line in run.metrics.read_bytes().splitlines()]
-        found = [line for line in lines if "step_seconds" in line]
-        after = [line for line in found if summary.steps and line["step"] >= summary.steps[-1]]
-        seconds = after[0]["step_seconds"] if after else None
-        expected = next((line[_EXPECTED] for line in reversed(found) if _EXPECTED in line), None)
-    except Exception:  # not written yet, cut by a crash, or storage that fails: what is beside the trace is no more
+        lines, _ = read_metrics(run.metrics)
+    except StorageError:  # what is beside the trace is no more
         return None, None
-    return seconds, expected
+    found = [line for line in lines if "step_seconds" in line.values]
+    after = [line.values["step_seconds"] for line in found if summary.steps and line.step >= summary.steps[-1]]
+    expected = [line.values[_EXPECTED] for line in found if _EXPECTED in line.values]
+    return after[0] if after else None, expected[-1] if expected else None

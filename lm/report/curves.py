@@ -9,9 +9,8 @@ from difflib import get_close_matches
 from typing import Literal
 
 from lm.errors import ConfigError
-from lm.report import series
 from lm.report.facts import one_line, read_config
-from lm.report.series import Line
+from lm.train.metrics import Line, read
 from lm.train.run_directory import RunDirectory
 
 Axis = Literal["step", "tokens", "seconds"]
@@ -89,7 +88,7 @@ def _logged(path: str, notes: list[str]) -> list[Line]:
     run = RunDirectory(path)
     if read_config(run.path, []) is None and not run.journal.exists():
         raise ConfigError(f"{one_line(path)} is not a run, it has no config.json")
-    lines, damaged = series.read(run.metrics)
+    lines, damaged = read(run.metrics)
     if damaged:
         notes.append(f"{damaged} lines of {one_line(run.metrics)} cannot be read")
     if not lines:

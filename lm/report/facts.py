@@ -1,7 +1,6 @@
 """What the files of a run say when they are read once, quickly, while it may go on."""
 
 import json
-import math
 import os
 import re
 import socket
@@ -15,9 +14,9 @@ from etils import epath
 
 from lm.errors import ConfigError, StorageError
 from lm.files import reason
-from lm.report.series import Line, latest, recent
 from lm.train.goodput import Goodput, goodput
 from lm.train.journal import Event, read
+from lm.train.metrics import Line, latest, recent
 from lm.train.now import read_now
 from lm.train.progress import printable
 from lm.train.run_directory import RunDirectory, is_held
@@ -208,10 +207,3 @@ def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def one_line(text: object) -> str:
     """To be printed: without control characters and ends of lines."""
     return re.sub(r"\s", " ", printable(str(text)))
-
-
-def plain(value: float | None) -> float | str | None:
-    """For JSON, which has no words for numbers that are not finite: strings, as in metrics.jsonl."""
-    if value is None or math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

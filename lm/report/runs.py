@@ -13,7 +13,8 @@ from etils import epath
 
 from lm.errors import ConfigError, LmError, StorageError
 from lm.files import reason
-from lm.report.facts import Facts, one_line, plain, read_facts
+from lm.report.facts import Facts, one_line, read_facts
+from lm.train.metrics import plain
 from lm.train.progress import human_count, human_seconds
 
 READERS = 16
@@ -163,7 +164,7 @@ def _row(facts: Facts) -> dict[str, Any]:
         "mfu": facts.median("mfu"),
         "wall_seconds": facts.wall_seconds,
     }
-    return {name: plain(value) if isinstance(value, float) else value for name, value in values.items()}
+    return {name: plain(value) for name, value in values.items()}
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 from lm.checkpoint.folder import saved_steps
 from lm.checkpoint.manifest import BadCheckpoint, Manifest
 from lm.errors import StorageError
-from lm.report.facts import STATES, Facts, one_line, plain
+from lm.report.facts import STATES, Facts, one_line
 from lm.train.goodput import Goodput, goodput
+from lm.train.metrics import plain
 from lm.train.now import WORDS
 from lm.train.progress import human_count, human_seconds
 

@@ -1,13 +1,12 @@
 """metrics.jsonl, read while it grows, and is cut back, and its last line is written anew."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 from lm.files import is_url
-from lm.track.tracker import Line, Mark
+from lm.train.metrics import Line, Mark, parsed
 
 NOTHING = Mark(0, -1)
 
@@ -22,8 +21,8 @@ class Metrics:
     def after(self, mark: Mark, *, hold: int | None) -> Iterator[Line]:
         """The whole lines after `mark`, oldest first; all are to be taken. Not that of step `hold`: it may change."""
         for raw in self._raw():
-            line = _parsed(raw)
-            if line is not None and line.mark.step == hold:
+            line = parsed(raw)
+            if line is not None and line.step == hold:
                 return
             self._offset, self._last = self._offset + len(raw), raw
             if line is not None and line.mark > mark:
@@ -46,14 +45,3 @@ class Metrics:
                 file.seek(0)
                 self._offset, self._last = 0, b""
             yield from (line for line in file if line.endswith(b"\n"))
-
-
-def _parsed(raw: bytes) -> Line | None:
-    """None for what a crash has left of a line."""
-    try:
-        values = json.loads(raw)
-        step = int(values.pop("step"))
-        numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
-        return Line(Mark(int(numbers.get("rewinds", 0)), step), numbers)  # float reads "NaN" and "Infinity"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None

@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lm.track.tracker import Line, Mark, State, TrackedRun
+from lm.track.tracker import State, TrackedRun
+from lm.train.metrics import Line, Mark
 
 METRICS, PARAMS, PARAM_CHARACTERS, TAG_CHARACTERS = 999, 100, 6000, 5000
 """What a request may hold, of 1,000 metrics and tags together, and how long values may be."""
@@ -89,7 +90,7 @@ def requests(lines: Sequence[Line], size: int) -> Iterator[tuple[list[tuple[int,
             if len(part) == size:
                 yield part, sent
                 part, sent = [], None
-            part.append((line.mark.step, name, value))
+            part.append((line.step, name, value))
         sent = line.mark
     if part or sent:
         yield part, sent

@@ -12,8 +12,9 @@ from itertools import islice
 from lm.errors import ConfigError, StorageError
 from lm.files import is_url, write_atomically
 from lm.track.metrics import NOTHING, Metrics
-from lm.track.tracker import Mark, State, TrackedRun, open_tracker
+from lm.track.tracker import State, TrackedRun, open_tracker
 from lm.train import journal
+from lm.train.metrics import Mark
 from lm.train.run_directory import RunDirectory
 
 LINES = 1000

@@ -2,24 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
+
+from lm.train.metrics import Line, Mark
 
 State = Literal["finished", "failed", "stopped"]
-
-
-class Mark(NamedTuple):
-    """Where in a run a line stands. Steps that are done again after a rewind come after those that they replace, and
-    steps that are done again by a resumed run are the same ones."""
-
-    rewinds: int
-    step: int
-
-
-class Line(NamedTuple):
-    """One line of metrics.jsonl."""
-
-    mark: Mark
-    values: Mapping[str, float | int]
 
 
 @dataclasses.dataclass(frozen=True)

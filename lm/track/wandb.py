@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm.errors import StorageError
-from lm.track.tracker import Line, Mark, State, TrackedRun
+from lm.track.tracker import State, TrackedRun
+from lm.train.metrics import Line, Mark
 
 ASK_SECONDS = 60.0
 """Between two questions to the service about what it has."""
@@ -64,9 +65,9 @@ class WandbTracker:
         if self._received == self._step:
             self._moved = time.monotonic()
         for line in lines:
-            if line.mark.step > self._step:
-                self._run.log(dict(line.values), step=line.mark.step, commit=True)
-                self._step = line.mark.step
+            if line.step > self._step:
+                self._run.log(dict(line.values), step=line.step, commit=True)
+                self._step = line.step
             self._last = line.mark
 
     def received(self) -> Mark | None:

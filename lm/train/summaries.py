@@ -5,7 +5,6 @@ returns, so a killed run loses nothing, and TensorBoard shows it at once.
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from lm.errors import StorageError
 from lm.experiment import Config
 from lm.files import AppendOnlyFile, reason
 from lm.train import dashboard, events
+from lm.train.metrics import parsed, plain
 from lm.train.run_directory import RunDirectory
 
 
@@ -57,10 +57,10 @@ class Summaries:
         if step < self._next_step:
             raise ValueError(f"step {step} is logged already: the next can be {self._next_step}")
         self._next_step = step + 1
-        plain = {name: _plain(value) for name, value in values.items()}
-        line = {"step": int(step)} | {name: _json_number(value) for name, value in plain.items()}
+        numbers = {name: _number(value) for name, value in values.items()}
+        line = {"step": int(step)} | {name: plain(value) for name, value in numbers.items()}
         self._metrics.append(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._add_scalars(step, plain)
+        self._add_scalars(step, numbers)
 
     def amend_last(self, step: int, values: Mapping[str, float]) -> None:
         """Adds values to the line of `step`, the last one; where that line is missing, they become it.
@@ -73,7 +73,7 @@ class Summaries:
         if step < self._next_step - 1:
             raise ValueError(f"step {step} is not the last: the next can be {self._next_step}")
         self._next_step = step + 1
-        extra = {name: _json_number(_plain(value)) for name, value in values.items()}
+        extra = {name: plain(_number(value)) for name, value in values.items()}
 
         def amended(line: bytes) -> bytes:
             of_step = _step_of(line) == step
@@ -132,14 +132,8 @@ def verbatim(text: str) -> str:
     return "\n".join("    " + line for line in text.splitlines())
 
 
-def _plain(value: Any) -> float | int:
+def _number(value: Any) -> float | int:
     return value.item() if hasattr(value, "item") else value
-
-
-def _json_number(value: float | int) -> float | int | str:
-    if isinstance(value, int) or math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def _cut(
@@ -176,7 +170,5 @@ def _lines_before(contents: bytes, step: int) -> bytes:
 
 
 def _step_of(line: bytes) -> int | None:
-    try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
-    except (ValueError, KeyError, TypeError):
-        return None
+    found = parsed(line) if line.endswith(b"\n") else None
+    return found.step if found else None

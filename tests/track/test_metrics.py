@@ -9,7 +9,7 @@ from pathlib import Path
 from etils import epath
 
 from lm.track.metrics import NOTHING, Metrics
-from lm.track.tracker import Mark
+from lm.train.metrics import Mark
 from lm.train.run_directory import RunDirectory
 from lm.train.summaries import Summaries
 
@@ -17,7 +17,7 @@ from .conftest import Made
 
 
 def steps(reader: Metrics, mark: Mark, hold: int | None = None) -> list[int]:
-    return [line.mark.step for line in reader.after(mark, hold=hold)]
+    return [line.step for line in reader.after(mark, hold=hold)]
 
 
 def test_reads_each_line_once_as_the_file_grows(tmp_path: Path) -> None:

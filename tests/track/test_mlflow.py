@@ -12,7 +12,7 @@ from mlflow.entities import Run
 from lm.errors import ConfigError, StorageError
 from lm.track.follow import catch_up
 from lm.track.mlflow import requests
-from lm.track.tracker import Line, Mark
+from lm.train.metrics import Line, Mark
 from lm.train.run_directory import RunDirectory
 
 from .conftest import Made
@@ -137,7 +137,7 @@ def test_a_request_that_fails_halfway_is_made_up_for(
 
 
 def test_requests_are_few_and_not_too_large() -> None:
-    lines = [Line(Mark(0, step), {f"m{i}": i for i in range(step)}) for step in range(12)]
+    lines = [Line(step, {f"m{i}": i for i in range(step)}) for step in range(12)]
     parts = list(requests(lines, 10))
     assert [len(part) for part, _ in parts] == [10] * 6 + [6]
     assert [value for part, _ in parts for value in part] == [(k, f"m{i}", i) for k in range(12) for i in range(k)]

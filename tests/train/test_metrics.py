@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lm.errors import StorageError
-from lm.report import series
-from lm.report.series import Line, latest, read, recent
+from lm.train import metrics
+from lm.train.metrics import Line, latest, read, recent
 
 
 def written(path: Path, count: int, *, every: int = 100, more: bytes = b"") -> list[Line]:
@@ -24,7 +24,7 @@ def written(path: Path, count: int, *, every: int = 100, more: bytes = b"") -> l
 
 
 def test_the_end_is_that_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(series, "_FIRST_BYTES", 300)
+    monkeypatch.setattr(metrics, "_FIRST_BYTES", 300)
     path = tmp_path / "metrics.jsonl"
     for count in (0, 1, 2, 19, 20, 21, 500):
         lines = written(path, count)
@@ -36,8 +36,8 @@ def test_the_end_is_that_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_search_goes_back_only_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(series, "_FIRST_BYTES", 300)
-    monkeypatch.setattr(series, "_SEARCH_BYTES", 10_000)
+    monkeypatch.setattr(metrics, "_FIRST_BYTES", 300)
+    monkeypatch.setattr(metrics, "_SEARCH_BYTES", 10_000)
     written(tmp_path / "metrics.jsonl", 1000, every=1000)
     assert latest(tmp_path / "metrics.jsonl", "rare") is None
 
