@@ -55,7 +55,7 @@ from lm.train.journal import Journal
 from lm.train.ledger import Ledger
 from lm.train.meter import Meter
 from lm.train.now import Now
-from lm.train.profiler import NoProfiler, Profiler
+from lm.train.profiler import Profiler
 from lm.train.progress import Progress, human_count, human_seconds
 from lm.train.resume import refuse_other_run
 from lm.train.run_directory import RunDirectory
@@ -178,14 +178,13 @@ class _Run:
             self.compile()
         self.journal.note("compiled")
         self.trackers.follow(self.directory.path, self.say)
-        self.profiler = (
-            Profiler(self.config.profile, self.directory, self.say) if self.processes.primary else NoProfiler()
-        )
+        self.profiler = Profiler(self.config.profile, self.directory, self.say) if self.processes.primary else None
         try:
             state = self.steps(first, state)
             self.finish(state)
         finally:
-            self.profiler.close()
+            if self.profiler is not None:
+                self.profiler.close()
             self.checkpoints.close()
             self.summaries.close()
 
@@ -389,6 +388,8 @@ class _Run:
 
     def profile(self, k: int | None, state: TrainState) -> None:
         """Begins or ends a trace before step k, if one is due; None: after the last step."""
+        if self.profiler is None:
+            return
         if self.profiler.turns(k):
             with self.meter.spending("devices"):  # a trace has whole steps
                 jax.block_until_ready(state)

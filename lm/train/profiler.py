@@ -168,19 +168,6 @@ class Profiler:
                 answer(self._directory.path, Answer(request.id, trace, problem))
 
 
-class NoProfiler:
-    """In place of `Profiler` in a process that does not trace."""
-
-    def turns(self, k: int | None) -> bool:
-        return False
-
-    def turn(self, k: int | None) -> None: ...
-
-    def mark(self, k: int | None) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def _named(steps: range) -> str:
     return f"steps {steps.start} to {steps.stop - 1}" if len(steps) > 1 else f"step {steps.start}"
 

@@ -15,7 +15,7 @@ from lm.experiment import Config
 from lm.train import profile_request, profiler
 from lm.train.config import ProfileConfig
 from lm.train.profile_request import Answer, Request, answered, ask, is_taken
-from lm.train.profiler import NoProfiler, Profiler
+from lm.train.profiler import Profiler
 from lm.train.run_directory import RunDirectory
 
 Start = Callable[..., Profiler]
@@ -74,7 +74,7 @@ def start(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> I
 double = jax.jit(lambda x: x @ x)
 
 
-def train(profiler: Profiler | NoProfiler, steps: range) -> None:
+def train(profiler: Profiler, steps: range) -> None:
     """As the loop does."""
     x = jax.numpy.ones((8, 8))
     for k in [*steps, None]:
@@ -290,12 +290,6 @@ def test_what_a_killed_run_left_is_removed(start: Start, tmp_path: Path) -> None
     (tmp_path / ".profile.abc" / "plugins").mkdir(parents=True)
     start()
     assert no_folder_is_left(tmp_path)
-
-
-def test_a_process_that_does_not_trace() -> None:
-    one = NoProfiler()
-    train(one, range(3))
-    one.close()
 
 
 def test_an_answer_that_is_damaged(tmp_path: Path) -> None:
