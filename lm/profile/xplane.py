@@ -18,9 +18,8 @@ from lm.files import reason
 _PACKAGE = "lm.profile"
 # Fields by name: number and type; * repeats, {} maps int64 to it. A message is named, all else is a scalar.
 _MESSAGES = {
-    "XSpace": {"planes": (1, "*XPlane"), "errors": (2, "*string"), "hostnames": (4, "*string")},
+    "XSpace": {"planes": (1, "*XPlane")},
     "XPlane": {
-        "id": (1, "int64"),
         "name": (2, "string"),
         "lines": (3, "*XLine"),
         "event_metadata": (4, "{}XEventMetadata"),
@@ -32,7 +31,6 @@ _MESSAGES = {
         "name": (2, "string"),
         "timestamp_ns": (3, "int64"),
         "events": (4, "*XEvent"),
-        "display_name": (11, "string"),
     },
     "XEvent": {
         "metadata_id": (1, "int64"),
@@ -61,27 +59,23 @@ _MESSAGES = {
         "name": (1, "string"),
         "entry_computation_id": (6, "int64"),
         "computations": (3, "*HloComputationProto"),
-        "id": (5, "int64"),
         "stack_frame_index": (17, "StackFrameIndexProto"),
     },
     "HloComputationProto": {
         "name": (1, "string"),
         "instructions": (2, "*HloInstructionProto"),
         "id": (5, "int64"),
-        "root_id": (6, "int64"),
     },
     "HloInstructionProto": {
         "name": (1, "string"),
         "opcode": (2, "string"),
         "metadata": (7, "OpMetadata"),
-        "fusion_kind": (11, "string"),
         "custom_call_target": (28, "string"),
         "id": (35, "int64"),
         "operand_ids": (36, "*int64"),
         "called_computation_ids": (38, "*int64"),
     },
     "OpMetadata": {
-        "op_type": (1, "string"),
         "op_name": (2, "string"),
         "source_file": (3, "string"),
         "source_line": (4, "int32"),
@@ -89,11 +83,10 @@ _MESSAGES = {
     },
     "StackFrameIndexProto": {
         "file_names": (1, "*string"),
-        "function_names": (2, "*string"),
         "file_locations": (3, "*FileLocation"),
         "stack_frames": (4, "*StackFrame"),
     },
-    "FileLocation": {"file_name_id": (1, "int32"), "function_name_id": (2, "int32"), "line": (3, "int32")},
+    "FileLocation": {"file_name_id": (1, "int32"), "line": (3, "int32")},
     "StackFrame": {"file_location_id": (1, "int32"), "parent_frame_id": (2, "int32")},
 }
 _OPTIONAL = descriptor_pb2.FieldDescriptorProto.LABEL_OPTIONAL
@@ -144,9 +137,7 @@ def _pool() -> descriptor_pool.DescriptorPool:
         if name in _ONEOF:
             declared.oneof_decl.add(name="value")
         for field, (number, kind) in fields.items():
-            made = declared.field.add(
-                name=field, number=number, label=descriptor_pb2.FieldDescriptorProto.LABEL_OPTIONAL
-            )
+            made = declared.field.add(name=field, number=number, label=_OPTIONAL)
             if kind.startswith(("*", "{}")):
                 made.label = descriptor_pb2.FieldDescriptorProto.LABEL_REPEATED
             if field in _ONEOF.get(name, ()):
