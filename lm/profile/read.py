@@ -3,11 +3,11 @@
 import dataclasses
 
 from lm import config as configs
-from lm.chips import chip_of
 from lm.errors import ConfigError, LmError, StorageError
 from lm.experiment import Config
 from lm.files import reason
-from lm.model.flops import flops_per_token
+from lm.model.flops import flops_per_token, peak_flops
+from lm.profile.kinds import PRODUCTS
 from lm.profile.summary import Summary, summarize
 from lm.profile.trace import trace_of
 from lm.profile.xplane import read
@@ -42,34 +42,27 @@ class Profile:
     @property
     def mfu(self) -> float | None:
         """Of the traced steps; None where the peak of the device is not known."""
-        return self._mfu(self.summary.step_seconds)
+        return self._of_peak("causal", self.summary.step_seconds)
 
     @property
     def expected_mfu(self) -> float | None:
-        return self._mfu(self.expected_step_seconds)
+        return self._of_peak("causal", self.expected_step_seconds)
 
     @property
     def products_rate(self) -> float | None:
         """Of the peak, what products reach that the model needs, in the time of all products: recomputed ones count as
         time, not as work."""
-        seconds = sum(row.seconds for row in self.summary.kinds if row.name == "matrix products")
-        flops, peak = self._flops("parameters"), self._peak()
-        return flops / self.devices / seconds / peak if flops and peak and seconds else None
+        seconds = sum(row.seconds for row in self.summary.kinds if row.name == PRODUCTS)
+        return self._of_peak("parameters", seconds)
 
-    def _mfu(self, seconds: float | None) -> float | None:
-        flops, peak = self._flops("causal"), self._peak()
-        return flops / self.devices / seconds / peak if flops and peak and seconds else None
-
-    def _flops(self, which: str) -> float:
-        if self.config is None or not self.devices:
-            return 0.0
+    def _of_peak(self, which: str, seconds: float | None) -> float | None:
+        """FLOPs of a step, counted this way, in so many seconds."""
+        peak = peak_flops(self.device_kind)
+        if self.config is None or not (peak and self.devices and seconds):
+            return None
         train = self.config.train
-        found = flops_per_token(self.config.model, train.sequence_length)
-        return float(getattr(found, which)) * train.batch_size * train.sequence_length
-
-    def _peak(self) -> float | None:
-        chip = chip_of(self.device_kind)
-        return None if chip is None else chip.peak_flops / chip.devices
+        flops = float(getattr(flops_per_token(self.config.model, train.sequence_length), which))
+        return flops * train.batch_size * train.sequence_length / self.devices / seconds / peak
 
 
 def names(run: RunDirectory) -> list[str]:
