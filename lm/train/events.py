@@ -6,6 +6,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ class EventFile:
     def __init__(self, folder: epath.Path, report: Callable[[str], None]):
         earlier = list(folder.glob(PATTERN))
         self._file = AppendOnlyFile(folder / _name(earlier), report)
-        self._records = RecordWriter(_Records(self._file))
+        self._records = RecordWriter(SimpleNamespace(write=self._file.append))
         self.add(step=0, file_version="brain.Event:2")
 
     def add(self, **fields: Any) -> None:
@@ -92,13 +93,6 @@ def events_before(contents: bytes, step: int) -> bytes:
             kept.append(contents[position:end])
         position = end
     return b"".join(kept)
-
-
-class _Records:
-    """The part of a file that RecordWriter needs."""
-
-    def __init__(self, file: AppendOnlyFile):
-        self.write = file.append
 
 
 def _name(earlier: Sequence[epath.Path]) -> str:
