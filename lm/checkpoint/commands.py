@@ -1,5 +1,6 @@
 """`lm checkpoint …`: what a run has saved, whether it is still that, a copy of it, and room for more."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -99,14 +100,12 @@ def shown(directory: epath.Path, step: int | None) -> dict[str, Any]:
     """What the manifest of a checkpoint, by default the newest, and its data ledger say."""
     *_, step = _chosen(directory, step)
     folder = directory / str(step)
-    manifest = _manifest(folder, step)
     ledger = None
-    if "data.json" in manifest.files:
-        try:
+    with _good(folder):
+        manifest = Manifest.read(folder, step)
+        if "data.json" in manifest.files:
             manifest.verify(folder, "data.json")
             ledger = json.loads((folder / "data.json").read_bytes())
-        except (BadCheckpoint, OSError, ValueError) as problem:
-            raise StorageError(f"{folder} is bad: {problem}") from problem
     return {
         "step": step,
         "format": manifest.format,
@@ -149,14 +148,16 @@ def copy(directory: epath.Path, step: int, run: epath.Path, target: epath.Path, 
         raise ConfigError(f"{target} is there already: choose a directory that is new or empty")
     _chosen(directory, step)
     source, folder = directory / str(step), target / "checkpoints" / str(step)
-    manifest = _manifest(source, step)
-    _verify(manifest, source)
+    with _good(source):
+        manifest = Manifest.read(source, step)
+        manifest.verify(source)
     try:
         for name in manifest.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _copy_file(source / name, folder / name)
         write_atomically(folder / MANIFEST, (source / MANIFEST).read_bytes())
-        _verify(manifest, folder)
+        with _good(folder):
+            manifest.verify(folder)
         write_atomically(target / "config.json", (folder / "config.json").read_bytes())
     except StorageError:
         raise
@@ -211,17 +212,12 @@ def _chosen(directory: epath.Path, step: int | None) -> list[int]:
     return steps if step is None else [step]
 
 
-def _manifest(folder: epath.Path, step: int) -> Manifest:
+@contextlib.contextmanager
+def _good(folder: epath.Path) -> Iterator[None]:
+    """For what reads a checkpoint: one that is bad is a StorageError."""
     try:
-        return Manifest.read(folder, step)
-    except BadCheckpoint as problem:
-        raise StorageError(f"{folder} is bad: {problem}") from problem
-
-
-def _verify(manifest: Manifest, folder: epath.Path) -> None:
-    try:
-        manifest.verify(folder)
-    except BadCheckpoint as problem:
+        yield
+    except (BadCheckpoint, OSError, ValueError) as problem:
         raise StorageError(f"{folder} is bad: {problem}") from problem
 
 
