@@ -116,6 +116,15 @@ def leaves(config: Any) -> dict[str, Any]:
     return {key: value for key, value, _ in _leaves(config, "", False)}
 
 
+def flat(data: Any, key: str = "") -> dict[str, Any]:
+    """The same of what stands in a config.json, whichever version of lm wrote it."""
+    if isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
+        data = {str(i): item for i, item in enumerate(data)}
+    if not isinstance(data, dict) or not data:
+        return {key: data}
+    return {leaf: value for name, below in data.items() for leaf, value in flat(below, join(key, name)).items()}
+
+
 def show(config: Any) -> str:
     """One line `train.steps = 50` per leaf, values as Python writes them."""
     return "\n".join(f"{key} = {_spell(value)}" for key, value in leaves(config).items())

@@ -17,6 +17,7 @@ from lm.config import (
     Difference,
     check,
     diff,
+    flat,
     format_diff,
     free,
     from_dict,
@@ -466,7 +467,9 @@ def test_random_trees_survive_every_way() -> None:
 
     for _ in range(200):
         root, value = make(3)
-        assert from_dict(root, json.loads(to_json(value))) == value
+        stored = json.loads(to_json(value))
+        assert from_dict(root, stored) == value
+        assert list(flat(stored)) == list(leaves(value))
         arguments = []
         for key, leaf in leaves(value).items():
             arguments.append(f"--{key}={'none' if leaf is None else leaf}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from lm.config import flat
 from lm.errors import ConfigError, LmError, StorageError
 from lm.files import reason
 from lm.report.facts import Facts, one_line, read_facts
@@ -83,7 +84,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     A key that a config lacks because older code wrote it is no difference; one in a section or a list that is not there
     is.
     """
-    keys = dict.fromkeys(key for config in configs for key in _leaves(config) if key != "run.dir")
+    keys = dict.fromkeys(key for config in configs for key in flat(config) if key != "run.dir")
     found: list[dict[str, Any]] = [{} for _ in configs]
     for key in keys:
         values = [_lookup(config, key) for config in configs]
@@ -220,18 +221,6 @@ def _sorted(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return sorted(rows, key=order)
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[str]:
-    """Dotted keys of what is no section; a list without sections is one value."""
-    if isinstance(value, Mapping) and value:
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else name)
-    elif _is_sections(value):
-        for number, inner in enumerate(value):
-            yield from _leaves(inner, f"{key}.{number}")
-    elif key:
-        yield key
-
-
 def _lookup(config: Any, key: str) -> Any:
     value = config
     for part in key.split("."):
@@ -243,11 +232,7 @@ def _lookup(config: Any, key: str) -> Any:
             value = value[int(part)]
         else:
             return _ABSENT
-    return _ABSENT if (isinstance(value, Mapping) and value) or _is_sections(value) else value
-
-
-def _is_sections(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
+    return value if "" in flat(value) else _ABSENT  # a section
 
 
 _ABSENT, _UNKNOWN = object(), object()

@@ -7,8 +7,8 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
+from lm import config as configs
 from lm.track.tracker import State, TrackedRun
 from lm.train.metrics import Line, Mark
 
@@ -70,7 +70,8 @@ class MlflowTracker:
         """The config as parameters. Those that are there cannot change: what did since is in tags."""
         from mlflow.entities import Param, RunTag
 
-        values = {name: text[:PARAM_CHARACTERS] for name, text in leaves(run.config)}
+        texts = {name: x if isinstance(x, str) else json.dumps(x) for name, x in configs.flat(run.config).items()}
+        values = {name: text[:PARAM_CHARACTERS] for name, text in texts.items()}
         new = [Param(name, text) for name, text in values.items() if name not in there]
         for begin in range(0, len(new), PARAMS):
             self._client.log_batch(self._id, params=new[begin : begin + PARAMS])
@@ -94,17 +95,3 @@ def requests(lines: Sequence[Line], size: int) -> Iterator[tuple[list[tuple[int,
         sent = line.mark
     if part or sent:
         yield part, sent
-
-
-def leaves(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The values of a config by dotted key, as text."""
-    below: Mapping[str, Any] | None = None
-    if isinstance(config, Mapping) and config:
-        below = config
-    elif isinstance(config, list) and config and all(isinstance(item, Mapping) for item in config):
-        below = {str(i): item for i, item in enumerate(config)}
-    if below is None:
-        yield key, config if isinstance(config, str) else json.dumps(config)
-        return
-    for name, value in below.items():
-        yield from leaves(value, f"{key}.{name}" if key else name)
