@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lm.errors import ConfigError, StorageError
+from lm.errors import ConfigError, StorageError, some
 from lm.fields import (
     declarations,
     decode,
@@ -79,10 +79,8 @@ def check(config: Any) -> None:
     it may rely on them.
     """
     problems = [f"{key}: {problem}" for key, problem in _problems(config, "")]
-    if len(problems) > 5:
-        problems[5:] = [f"and {len(problems) - 5} more"]
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(some(problems, 5, "\n"))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

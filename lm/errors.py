@@ -4,6 +4,8 @@
 as it is: what was wrong, where, and what to do instead.
 """
 
+from collections.abc import Iterable
+
 
 class LmError(Exception):
     """Base of all failures that are reported without a traceback."""
@@ -74,3 +76,10 @@ class Stopped(BaseException):
     exit_code = 75
     together = False
     """In a run of many processes: whether all of them stop, at the same step."""
+
+
+def some(things: Iterable[object], most: int = 3, separator: str = ", ") -> str:
+    """The first of them, for a message, and how many more there are."""
+    texts = list(map(str, things))
+    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return separator.join(texts[:most] + more)

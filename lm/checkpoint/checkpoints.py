@@ -30,7 +30,7 @@ from etils import epath
 from lm.checkpoint.config import CheckpointConfig
 from lm.checkpoint.digest import prepare_digest, start_digest
 from lm.checkpoint.ending import end_without
-from lm.checkpoint.folder import STATE, half_written, names_set_aside, remove, saved_steps, set_aside, some, to_prune
+from lm.checkpoint.folder import STATE, half_written, names_set_aside, remove, saved_steps, set_aside, to_prune
 from lm.checkpoint.listing import list_checkpoints as list_checkpoints
 from lm.checkpoint.listing import read_attachment as read_attachment
 from lm.checkpoint.manifest import NAME as MANIFEST
@@ -47,7 +47,7 @@ from lm.checkpoint.restoring import load
 from lm.checkpoint.retries import Retries
 from lm.checkpoint.together import together
 from lm.checkpoint.writing import Writing
-from lm.errors import LostProcessError, StorageError
+from lm.errors import LostProcessError, StorageError, some
 from lm.files import reason, write_atomically
 from lm.parallel.processes import ALONE, Processes
 

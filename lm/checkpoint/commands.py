@@ -11,11 +11,11 @@ from typing import Any
 from etils import epath
 
 from lm.checkpoint.config import CheckpointConfig
-from lm.checkpoint.folder import names_set_aside, remove, saved_steps, some, to_prune
+from lm.checkpoint.folder import names_set_aside, remove, saved_steps, to_prune
 from lm.checkpoint.listing import CheckpointInfo, list_checkpoints
 from lm.checkpoint.manifest import NAME as MANIFEST
 from lm.checkpoint.manifest import BadCheckpoint, Manifest
-from lm.errors import ConfigError, StorageError
+from lm.errors import ConfigError, StorageError, some
 from lm.files import is_url, reason, write_atomically
 
 DURABLE, LOCAL = "durable", "local"
@@ -208,7 +208,7 @@ def _chosen(directory: epath.Path, step: int | None) -> list[int]:
     if not steps:
         raise ConfigError(f"{directory} has no checkpoint")
     if step is not None and step not in steps:
-        raise ConfigError(f"{directory} has no checkpoint {step}; there are {some(map(str, reversed(steps)))}")
+        raise ConfigError(f"{directory} has no checkpoint {step}; there are {some(reversed(steps))}")
     return steps if step is None else [step]
 
 

@@ -60,13 +60,6 @@ def absolute(path: epath.Path) -> epath.Path:
     return path if is_url(path) else path.absolute()
 
 
-def some(items: Iterable[str], separator: str = ", ") -> str:
-    """The first of them, for a message."""
-    first = list(items)
-    more = [f"and {len(first) - 3} more"] if len(first) > 3 else []
-    return separator.join(first[:3] + more)
-
-
 def _numbered(directory: epath.Path) -> list[tuple[epath.Path, bool]]:
     """In order of their steps; and whether they were committed."""
     folders = [path for path in _inside(directory) if re.fullmatch("0|[1-9][0-9]*", path.name)]

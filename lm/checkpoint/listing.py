@@ -5,9 +5,9 @@ from os import PathLike
 
 from etils import epath
 
-from lm.checkpoint.folder import saved_steps, some
+from lm.checkpoint.folder import saved_steps
 from lm.checkpoint.manifest import BadCheckpoint, Manifest
-from lm.errors import StorageError
+from lm.errors import StorageError, some
 from lm.files import reason
 
 

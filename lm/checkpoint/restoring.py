@@ -9,11 +9,11 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from lm.checkpoint.digest import leaf_paths, state_digest
-from lm.checkpoint.folder import STATE, absolute, some
+from lm.checkpoint.folder import STATE, absolute
 from lm.checkpoint.manifest import BadCheckpoint, FileChecksum, LeafDigest, Manifest, refuse_others, shares, verify
 from lm.checkpoint.restack import restack, restacked, stacked_as
 from lm.checkpoint.together import together
-from lm.errors import ConfigError, StorageError
+from lm.errors import ConfigError, StorageError, some
 from lm.files import reason
 from lm.parallel.processes import Processes
 
@@ -84,7 +84,7 @@ def _check_same_arrays(folder: epath.Path, manifest: Manifest, abstract: Any, fr
         if there.get(path) != here.get(path)
     ]
     if differences:
-        raise ConfigError(f"checkpoint {folder} does not fit this config: {some(differences, '; ')}")
+        raise ConfigError(f"checkpoint {folder} does not fit this config: {some(differences, separator='; ')}")
 
 
 def _fields(abstract: Any) -> list[str]:

@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 
 from lm.checkpoint.digest import leaf_paths
-from lm.checkpoint.folder import some
 from lm.checkpoint.manifest import BadCheckpoint, LeafDigest
+from lm.errors import some
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from lm.data import sources
 from lm.data.config import DataConfig
 from lm.data.records import FORMAT
 from lm.data.sources import File, Piece
-from lm.errors import DataError
+from lm.errors import DataError, some
 
 PLAN = "plan.json"
 PART_FILES = "part-*.json"
@@ -141,10 +141,9 @@ def read_plan(folder: epath.Path) -> dict[str, Any]:
 def refuse(folder: epath.Path, different: list[str]) -> None:
     """Raises DataError if the directory was built from something else: if there is any difference."""
     if different:
-        more = [f"and {len(different) - 5} more"] if len(different) > 5 else []
         raise DataError(
             f"{folder} holds data built from something else:\n  "
-            + "\n  ".join(different[:5] + more)
+            + some(different, 5, "\n  ")
             + "\nchoose another data.dir, or delete that directory to build again"
         )
 

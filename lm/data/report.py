@@ -10,6 +10,7 @@ from lm.data.batches import Batch, Batches
 from lm.data.passages import passages
 from lm.data.show import decode, one_line
 from lm.data.tokenizers import FIM_NAMES
+from lm.errors import some
 
 _DECODED = 2  # rows
 _CHARACTERS = 200
@@ -89,25 +90,21 @@ def _warnings(
     }
     if sum(unknown.values()) > _NO_TEXT:
         worst = [f"{one_line(name)} {unknown[name]:.1%}" for name in sorted(unknown, key=lambda name: -unknown[name])]
-        yield f"tokens {looked} that stand for no text: {_some(worst)}"
+        yield f"tokens {looked} that stand for no text: {some(worst, 5)}"
     if trained.sum() < _TRAINED * trained.size:
         padding = (~inside).sum() / trained.size
         yield f"only {trained.mean():.1%} of the places {looked} are trained on; {padding:.1%} are padding"
     epochs = dict(zip((one.title for one in sources), batches.epochs(steps), strict=True))
     if often := [f"{name} {count:.1f} times" for name, count in epochs.items() if count > _EPOCHS]:
         yield (
-            f"read again and again: {_some(often)}; from about {_EPOCHS} times on, "
+            f"read again and again: {some(often, 5)}; from about {_EPOCHS} times on, "
             "repeated text is worth less than new text (Muennighoff et al. 2023)"
         )
     if never := [name for name, count in epochs.items() if count == 0]:
-        yield f"never read in {steps:,} steps: {_some(never)}"
+        yield f"never read in {steps:,} steps: {some(never, 5)}"
 
 
 def _marks(batches: Batches) -> set[str]:
     """What stands for no text in documents whose middle was moved, as it should."""
     known = {name for names in FIM_NAMES for name in names}
     return known | {*(batches.corpus.data.fim_tokens or ())}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -6,6 +6,8 @@ import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from lm.errors import some
+
 Facts = Mapping[str, Mapping[str, str]]
 """What a process brings: for each section (code, config, …), values by name."""
 
@@ -30,13 +32,12 @@ def disagreement(facts: Mapping[int, Facts], hosts: Mapping[int, str]) -> str | 
     lines = []
     differing = 0
     for index in sorted(facts):
-        found = [f"    {line}" for line in _differences(facts[0], facts[index])]
+        found = list(_differences(facts[0], facts[index]))
         if not found:
             continue
         differing += 1
         if differing <= _PROCESSES_TOLD:
-            more = [f"    and {len(found) - _VALUES_TOLD} more"] if len(found) > _VALUES_TOLD else []
-            lines += [f"  process {index} on {hosts[index]}:", *found[:_VALUES_TOLD], *more]
+            lines.append(f"  process {index} on {hosts[index]}:\n    " + some(found, _VALUES_TOLD, "\n    "))
     if not lines:
         return None
     if differing > _PROCESSES_TOLD:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lm.errors import ConfigError, HangError
+from lm.errors import ConfigError, HangError, some
 from lm.parallel.agreement import disagreement
 from lm.parallel.wire import Frames, Place, frame, keep_alive, say
 
@@ -61,7 +61,7 @@ class Hub(threading.Thread):
         if self._at is not None:
             waiting[f"was asked where it is, and has not said so ({', '.join(self._wanted)})"] = dict(self._at)
         return [
-            f"{_some([name for index, name in enumerate(self._names) if index not in there])} {what}"
+            f"{some([name for index, name in enumerate(self._names) if index not in there], 8)} {what}"
             for what, there in waiting.items()
         ]
 
@@ -134,8 +134,8 @@ class Hub(threading.Thread):
         here = [f"{i} on {self._peers[i].host}" for i in sorted(self._peers)]
         return (
             f"{len(missing)} of {self.place.count} processes did not come to {self.place.address} within "
-            f"{self.seconds:g} s: process {_some(names)}; here are {_some(here)}. Start what is missing, or give it "
-            "more time with LM_START_SECONDS"
+            f"{self.seconds:g} s: process {some(names, 8)}; here are {some(here, 8)}. Start what is missing, or give "
+            "it more time with LM_START_SECONDS"
         )
 
     def _messages(self, seconds: float | None) -> Iterator[tuple["_Peer", Any]]:
@@ -300,7 +300,3 @@ def _allow_connections(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -7,7 +7,7 @@ from typing import Any
 
 from lm.checkpoint.folder import saved_steps
 from lm.checkpoint.manifest import BadCheckpoint, Manifest
-from lm.errors import StorageError
+from lm.errors import StorageError, some
 from lm.report.facts import STATES, Facts, one_line
 from lm.train.goodput import Goodput, goodput
 from lm.train.metrics import plain
@@ -208,7 +208,7 @@ def _warnings(facts: Facts) -> Iterator[str]:
         last = facts.lines[-1]
         bad = [f"{name} is {value}" for name, value in last.values.items() if not math.isfinite(value)]
         if bad:
-            yield f"in step {last.step}, {', '.join(bad[:5])}" + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+            yield f"in step {last.step}, {some(bad, 5)}"
     for name, what in {
         "skipped_steps": "steps were not applied: loss or gradient were not finite, or a spike",
         "rewinds": "times the run went back to a checkpoint",

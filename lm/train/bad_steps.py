@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from lm.data.batches import Batches
+from lm.errors import some
 
 _GROUPS = 3
 _DOCUMENTS = 8
@@ -79,10 +80,7 @@ class BadSteps:
             found = names.setdefault(title, [])
             found += [stream.document(start) for start, _ in spans]
         for title, found in names.items():
-            distinct = list(dict.fromkeys(found))
-            more = f" and {len(distinct) - _DOCUMENTS} more" if len(distinct) > _DOCUMENTS else ""
-            numbers = ", ".join(map(str, distinct[:_DOCUMENTS]))
-            yield f"read in step {self._first.step}, of {title}: documents {numbers}{more}"
+            yield f"read in step {self._first.step}, of {title}: documents {some(dict.fromkeys(found), _DOCUMENTS)}"
 
     def _worst(self) -> list[int]:
         """Groups by how far their gradients were off: those that are not finite, then those that grew most."""

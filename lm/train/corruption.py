@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from lm.checkpoint.digest import leaf_paths, reduce_to_lanes
-from lm.errors import CorruptionError
+from lm.errors import CorruptionError, some
 from lm.model.loss import Batch
 from lm.parallel.processes import Processes
 from lm.train.state import TrainState
@@ -125,11 +125,11 @@ class Verification:
         names = {row: f"{name} of {self._processes.name(devices[row].process_index)}" for row, name, _, _ in told}
         lines = []
         if twice := {row: other for row, _, other, _ in told if other}:
-            where = _some([names[row] for row in twice], _DEVICES_TOLD)
+            where = some([names[row] for row in twice], _DEVICES_TOLD)
             if 1 < len(devices) == len(twice):
                 where = f"all {len(devices)} devices: one is wrong, and its values are in the sums that they exchange"
             arrays = [self._names[i] for i in sorted({i for other in twice.values() for i in other})]
-            lines.append(f"computed twice, it gave something else on {where}; in {_some(arrays, _ARRAYS_TOLD)}")
+            lines.append(f"computed twice, it gave something else on {where}; in {some(arrays, _ARRAYS_TOLD)}")
         by_device = {row: digests for row, _, _, digests in told}
         odd: dict[tuple[int, ...], list[str]] = {}
         for i in next(iter(by_device.values()), {}):
@@ -137,8 +137,8 @@ class Verification:
                 if rows := _odd({int(row): by_device[row][i] for row in group}):
                     odd.setdefault(rows, []).append(self._names[int(i)])
         for rows, arrays in odd.items():
-            where = _some([names[row] for row in rows], _DEVICES_TOLD)
-            lines.append(f"copies that must be alike differ on {where}; of {_some(arrays, _ARRAYS_TOLD)}")
+            where = some([names[row] for row in rows], _DEVICES_TOLD)
+            lines.append(f"copies that must be alike differ on {where}; of {some(arrays, _ARRAYS_TOLD)}")
         found = "".join(f"\n    {line}" for line in lines)
         before = f"step {self._passed}" if self._passed is not None else "none since this start"
         return (
@@ -207,8 +207,3 @@ def _odd(digests: dict[int, str]) -> tuple[int, ...]:
 
 def _row(shard: Any) -> int:
     return shard.index[0].start or 0
-
-
-def _some(names: Sequence[str], limit: int) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

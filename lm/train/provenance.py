@@ -7,7 +7,7 @@ it is asked for. Of the code only that is kept which decides what a step compute
 import json
 from collections.abc import Collection, Iterator
 
-from lm.errors import ConfigError, StorageError
+from lm.errors import ConfigError, StorageError, some
 from lm.parallel.agreement import facts_of
 
 FILE = "code.json"
@@ -43,10 +43,9 @@ def refuse_if_other(contents: bytes, step: int, allow: Collection[str]) -> list[
     refused = [section for section in ALLOWED if found[section] and section not in allow]
     lines = [line for section in ALLOWED for line in found[section]]
     if refused:
-        told = "".join(f"    {line}\n" for line in lines[:_TOLD])
-        more = f"    and {len(lines) - _TOLD} more\n" if len(lines) > _TOLD else ""
+        told = some(lines, _TOLD, "\n    ")
         raise ConfigError(
-            f"checkpoint {step} was made by other {' and other '.join(refused)} than is here:\n{told}{more}"
+            f"checkpoint {step} was made by other {' and other '.join(refused)} than is here:\n    {told}\n"
             "what is computed may be another thing, if only in the last bits; to go on all the same, add "
             + " ".join(f"--allow {section}" for section in refused)
         )
