@@ -18,12 +18,11 @@ from lm.parallel.agreement import disagreement
 from lm.parallel.wire import Frames, Place, frame, keep_alive, say
 
 
-class Hub(threading.Thread):
-    """Runs in process 0: waits for all, compares what they bring, then passes on what they say."""
+class Hub:
+    """Runs in a thread of process 0: waits for all, compares what they bring, then passes on what they say."""
 
     def __init__(self, place: Place, seconds: float, *, bind: str | None, heartbeat: float):
         """Raises ConfigError when it cannot listen at the port."""
-        super().__init__(name="hub", daemon=True)
         _allow_connections(place.count)
         self.place, self.deadline, self.seconds = place, time.monotonic() + seconds, seconds
         self.heartbeat = heartbeat
@@ -65,7 +64,10 @@ class Hub(threading.Thread):
             for what, there in waiting.items()
         ]
 
-    def run(self) -> None:
+    def start(self) -> None:
+        threading.Thread(target=self._run_or_exit, name="hub", daemon=True).start()
+
+    def _run_or_exit(self) -> None:
         try:
             self._run()
         except Exception:  # without the hub all would wait for ever

@@ -216,7 +216,7 @@ def test_an_infinite_gradient_with_a_finite_loss() -> None:
         assert metrics["grad_norm"] == math.inf
 
 
-def test_a_nan_in_the_gradient_of_one_group() -> None:
+def test_a_gradient_of_one_group_that_is_not_finite() -> None:
     """Equal logits and large hidden states: the loss is finite and has, but for the output, no gradient."""
     params = trained().params
     params = params | {
@@ -228,7 +228,6 @@ def test_a_nan_in_the_gradient_of_one_group() -> None:
     norms = dict(zip(groups_of(CONFIG.model).kinds, map(float, metrics["kind_norms"]), strict=True))
     assert np.isfinite(metrics["loss"])
     assert [name for name, norm in norms.items() if not np.isfinite(norm)] == ["output"]
-    assert math.isnan(norms["output"])
     assert metrics["finite"] == 0
     assert bits(after) == bits(before)
 
