@@ -7,7 +7,7 @@ import uuid
 from lm.errors import ConfigError, StorageError
 from lm.train.config import MOST_PROFILED_STEPS
 from lm.train.journal import read as read_journal
-from lm.train.profile_request import USUAL_STEPS, Request, answered, ask, is_taken, look_seconds, withdraw
+from lm.train.profile_request import USUAL_STEPS, Request, answered, ask, look_seconds, withdraw
 from lm.train.run_directory import RunDirectory, is_held
 
 PATIENCE = 30
@@ -18,7 +18,7 @@ def take(run: RunDirectory, *, steps: int | None = None) -> str:
     """Asks for a trace of the next steps and returns its name once it is there. What it waits for goes to stderr.
 
     Raises:
-      ConfigError: not a possible number of steps; the run does not run, or ended before.
+      ConfigError: not a possible number of steps; the run does not run, or ended before; another has just asked.
       StorageError: the request cannot be written, is not taken, or the trace failed.
     """
     steps = USUAL_STEPS if steps is None else steps
@@ -37,7 +37,7 @@ def take(run: RunDirectory, *, steps: int | None = None) -> str:
         _say(f"stopped waiting; if the run has taken the request, `lm profile {run.path}` will have the trace")
         raise
     finally:
-        withdraw(run.path)
+        withdraw(run.path, request)
 
 
 def _wait(run: RunDirectory, request: Request) -> str:
@@ -49,12 +49,13 @@ def _wait(run: RunDirectory, request: Request) -> str:
         if found := answered(run.path, request.id):
             if found.problem:
                 raise StorageError(f"there is no trace: {found.problem}")
-            return found.trace
+            if found.trace:
+                return found.trace
+            if not taken:
+                taken = True
+                _say("the run has taken the request, and traces its next steps")
         if not going_on:
             raise ConfigError(f"{run.path} ended before the trace was taken; {run.log} says why")
-        if not taken and is_taken(run.path):
-            taken = True
-            _say("the run has taken the request, and traces its next steps")
         if not taken and time.monotonic() > until:
             raise StorageError(
                 f"{run.path} does not take the request: for {PATIENCE * seconds:.0f} s it did not begin its steps, or "

@@ -17,10 +17,9 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from lm.errors import StorageError
 from lm.files import is_url, reason, write_atomically
 from lm.train.config import MOST_PROFILED_STEPS, ProfileConfig
-from lm.train.profile_request import Answer, Request, Watch, answer
+from lm.train.profile_request import Answer, Request, Watch
 from lm.train.progress import human_bytes, human_seconds
 from lm.train.run_directory import RunDirectory
 
@@ -44,7 +43,8 @@ class Profiler:
         self._steps, self._directory, self._say = config.range, directory, say
         self._traced = range(0)  # while a trace is taken, its steps
         self._temporary = Path()  # and where it is written
-        self._request: Request | None = None  # the newest that nothing was done for yet
+        self._request: Request | None = None  # the newest that nothing was done for yet; changed by `_swap`
+        self._mutex = threading.Lock()
         self._for: Request | None = None  # what the trace is taken for; None: the config
         self._annotation: jax.profiler.StepTraceAnnotation | None = None
         self._writer: threading.Thread | None = None
@@ -68,8 +68,7 @@ class Profiler:
         if k in self._steps:
             self._begin(range(k, self._steps.stop), None)
             self._steps = range(0)  # once: going back to a checkpoint takes no second one
-        elif self._request is not None:
-            request, self._request = self._request, None
+        elif (request := self._swap(None)) is not None:
             self._begin(range(k, k + min(request.steps, MOST_PROFILED_STEPS)), request)
 
     def mark(self, k: int | None) -> None:
@@ -89,13 +88,19 @@ class Profiler:
             with contextlib.suppress(Exception):
                 jax.profiler.stop_trace()
             self._failed(steps, self._for, self._temporary, "the run has ended")
-        if self._request is not None:
-            self._answer(self._request, problem="the run has ended")
+        if (request := self._swap(None)) is not None:
+            self._answer(request, problem="the run has ended")
         if self._writer is not None:
             self._writer.join(COPY_SECONDS)
 
     def _wanted(self, request: Request) -> None:
-        self._request = request
+        if (before := self._swap(request)) is not None:
+            self._answer(before, problem="another trace was asked for")
+
+    def _swap(self, request: Request | None) -> Request | None:
+        with self._mutex:
+            before, self._request = self._request, request
+        return before
 
     def _begin(self, steps: range, request: Request | None) -> None:
         # Only annotations and operations: to follow Python's calls would slow down what is to be measured.
@@ -164,8 +169,7 @@ class Profiler:
 
     def _answer(self, request: Request, *, trace: str = "", problem: str = "") -> None:
         if request.id:
-            with contextlib.suppress(StorageError):  # whoever waits for it sees the trace, or the end of the run
-                answer(self._directory.path, Answer(request.id, trace, problem))
+            self._watch.answer(Answer(request.id, trace, problem))
 
 
 def _named(steps: range) -> str:

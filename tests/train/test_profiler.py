@@ -14,7 +14,7 @@ from lm.errors import ConfigError, StorageError
 from lm.experiment import Config
 from lm.train import profile_request, profiler
 from lm.train.config import ProfileConfig
-from lm.train.profile_request import Answer, Request, answered, ask, is_taken
+from lm.train.profile_request import Answer, Request, answered, ask, withdraw
 from lm.train.profiler import Profiler
 from lm.train.run_directory import RunDirectory
 
@@ -143,9 +143,10 @@ def test_a_request(start: Start, tmp_path: Path) -> None:
     assert not profiler.turns(0)
     ask(tmp_path, Request(2, "abc"))
     wait_until(lambda: profiler.turns(6))
-    assert is_taken(tmp_path)
+    assert answered(tmp_path, "abc") == Answer("abc")
+    assert not (tmp_path / "profile").exists()
     train(profiler, range(6, 12))
-    wait_until(lambda: answered(tmp_path, "abc"))
+    profiler.close()
     (file,) = traces(tmp_path)
     assert answered(tmp_path, "abc") == Answer("abc", trace=file.parent.name)
     assert answered(tmp_path, "of another") is None
@@ -180,6 +181,73 @@ def test_a_request_before_the_end(start: Start, tmp_path: Path) -> None:
     found = answered(tmp_path, "abc")
     assert found is not None
     assert found.problem == "the run has ended"
+
+
+def test_a_request_before_another_was_begun(start: Start, tmp_path: Path) -> None:
+    """The newest counts, and both are answered."""
+    made = start()
+    ask(tmp_path, Request(2, "first"))
+    wait_until(lambda: answered(tmp_path, "first"))
+    ask(tmp_path, Request(3, "second"))
+    wait_until(lambda: answered(tmp_path, "second"))
+    wait_until(lambda: answered(tmp_path, "first") != Answer("first"))
+    train(made, range(6))
+    made.close()
+    (file,) = traces(tmp_path)
+    assert steps_in(file) == [0, 1, 2]
+    assert answered(tmp_path, "first") == Answer("first", problem="another trace was asked for")
+    assert answered(tmp_path, "second") == Answer("second", trace=file.parent.name)
+
+
+@pytest.mark.parametrize("id", ["second", ""])
+def test_a_request_during_a_trace(start: Start, tmp_path: Path, id: str) -> None:
+    made = start()
+    ask(tmp_path, Request(3, "first"))
+    wait_until(lambda: made.turns(0))
+    made.turn(0)
+    if id:
+        ask(tmp_path, Request(3, id))
+        wait_until(lambda: answered(tmp_path, id))
+    else:
+        (tmp_path / "profile").touch()
+        wait_until(lambda: not (tmp_path / "profile").exists())
+    train(made, range(1, 8))
+    made.close()
+    found = answered(tmp_path, "first")
+    assert found is not None
+    assert found.trace in [file.parent.name for file in traces(tmp_path)]
+    second = answered(tmp_path, "second")
+    assert second is None or second.trace or second.problem == "the one before is still being written"
+
+
+def test_an_answer_that_cannot_be_written_comes_later(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = start()
+    ask(tmp_path, Request(2, "abc"))
+    wait_until(lambda: made.turns(0))
+
+    def fails(*_: object) -> None:
+        raise StorageError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(profile_request, "write_atomically", fails)
+        train(made, range(4))
+        wait_until(lambda: traces(tmp_path))
+        time.sleep(0.1)
+        assert answered(tmp_path, "abc") == Answer("abc")
+    wait_until(lambda: answered(tmp_path, "abc") != Answer("abc"))
+    assert answered(tmp_path, "abc") == Answer("abc", trace=traces(tmp_path)[0].parent.name)
+
+
+def test_a_request_is_replaced_and_removed_by_nobody_else(tmp_path: Path) -> None:
+    ask(tmp_path, Request(2, "first"))
+    with pytest.raises(ConfigError, match="a trace is asked for already"):
+        ask(tmp_path, Request(3, "second"))
+    withdraw(tmp_path, Request(3, "second"))
+    assert (tmp_path / "profile").exists()
+    withdraw(tmp_path, Request(2, "first"))
+    assert not (tmp_path / "profile").exists()
 
 
 def test_an_error_in_the_middle(start: Start, tmp_path: Path, said: list[str]) -> None:
