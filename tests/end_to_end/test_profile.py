@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lm.profile import xplane
+from lm.errors import StorageError
+from lm.profile import now, xplane
+from lm.train import profile_request
+from lm.train.run_directory import RunDirectory
 
 from .conftest import Lm, Logged
 
@@ -116,7 +119,7 @@ def test_now(lm: Lm, workplace: Path, processes: int) -> None:
             assert time.monotonic() < until
             time.sleep(0.1)
         ended = lm("profile", run.name, "--now", "--steps", "3", "--json")
-        assert "traces its next steps" in ended.stderr or "asked for 3 steps" in ended.stderr
+        assert ended.stderr.startswith("lm: asked for 3 steps; Ctrl-C stops waiting\n")
         found = json.loads(ended.stdout)
         assert len(found["summary"]["steps"]) == found["summary"]["runs"] == 3
         assert found["devices"] == processes
@@ -126,30 +129,37 @@ def test_now(lm: Lm, workplace: Path, processes: int) -> None:
             assert time.monotonic() < until
             time.sleep(0.1)
         assert len(json.loads(lm("profile", run.name, "--json").stdout)["summary"]["steps"]) == 5
-        waiting = subprocess.Popen(
-            [sys.executable, "-m", "lm", "profile", run.name, "--now", "--steps", "100"],
-            cwd=workplace,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert waiting.stderr is not None
-        assert "asked for 100 steps" in waiting.stderr.readline()
-        waiting.send_signal(signal.SIGINT)
-        assert "stopped waiting" in waiting.communicate(timeout=60)[1] or waiting.returncode in (0, 130)
     finally:
         job.send_signal(signal.SIGTERM)
         job.wait(120)
     assert job.returncode == 75, (workplace / f"{run.name}.out").read_text()
 
 
+def test_ctrl_c_takes_the_request_back(lm: Lm, undisturbed: Path, workplace: Path) -> None:
+    """The run has its lock, and takes nothing; another who asks meanwhile is sent away."""
+    run = RunDirectory(workplace / "held")
+    with run:
+        (workplace / "held" / "config.json").write_bytes((undisturbed / "config.json").read_bytes())
+        waiting = subprocess.Popen(
+            [sys.executable, "-m", "lm", "profile", "held", "--now", "--steps", "100"],
+            cwd=workplace,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert waiting.stderr is not None
+        assert waiting.stderr.readline() == "lm: asked for 100 steps; Ctrl-C stops waiting\n"
+        request = (workplace / "held" / "profile").read_text()
+        assert "a trace is asked for already: held/profile" in lm("profile", "held", "--now", code=2).stderr
+        assert (workplace / "held" / "profile").read_text() == request
+        waiting.send_signal(signal.SIGINT)
+        said = waiting.communicate(timeout=60)[1]
+    assert said.startswith("lm: stopped waiting; if the run has taken the request, ")
+    assert waiting.returncode == 130
+    assert not (workplace / "held" / "profile").exists()
+
+
 def test_a_run_that_does_not_react(lm: Lm, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process is stopped: it has the lock, and takes nothing."""
-    from lm.errors import StorageError
-    from lm.profile import now
-    from lm.train import profile_request
-    from lm.train.run_directory import RunDirectory
-
     monkeypatch.setattr(profile_request, "LOCAL_SECONDS", 0.02)
     run = RunDirectory(workplace / "silent")
     with run:
