@@ -82,16 +82,19 @@ class MlflowTracker:
 
 
 def requests(lines: Sequence[Line], size: int) -> Iterator[tuple[list[tuple[int, str, float | int]], Mark | None]]:
-    """The values of lines (step, name, value) in parts of at most `size`, as few as can be; each with the last line
-    that ends in it, if one does."""
+    """The values of lines (step, name, value) in parts of at most `size`; each with the last line that ends in it, if
+    one does. Of whole lines, so that none is sent in part and then again: only one that is longer is split."""
     part: list[tuple[int, str, float | int]] = []
     sent: Mark | None = None
     for line in lines:
-        for name, value in line.values.items():
-            if len(part) == size:
-                yield part, sent
-                part, sent = [], None
-            part.append((line.step, name, value))
+        values = [(line.step, name, value) for name, value in line.values.items()]
+        if part and len(part) + len(values) > size:
+            yield part, sent
+            part = []
+        while len(values) > size:
+            yield values[:size], None
+            values = values[size:]
+        part += values
         sent = line.mark
     if part or sent:
         yield part, sent
