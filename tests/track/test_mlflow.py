@@ -1,5 +1,6 @@
 """MLflow's own library and store."""
 
+import fcntl
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -157,3 +158,15 @@ def test_what_was_never_started_cannot_be_sent(tmp_path: Path, made: Callable[..
     (run.path / "journal.jsonl").unlink()
     with pytest.raises(ConfigError, match="has nothing to send"):
         send(run)
+
+
+def test_two_do_not_send_at_once(made: Callable[..., Made], store: Path, track: Callable[..., str]) -> None:
+    run = made(steps=9)
+    run.log(0, loss=0)
+    (run.path / "trackers").mkdir()
+    with open(run.path / "trackers" / ".mlflow.lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        said = track(run.path, "mlflow", code=2)
+    assert said == f"lm: {run.path} is being sent to mlflow by another process\n"
+    assert not store.exists()
+    assert track(run.path, "mlflow") == "sent 1 logged steps to mlflow\n"

@@ -2,14 +2,20 @@
 
 import json
 import math
+import os
+import re
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from wandb.proto import wandb_internal_pb2
+
+import lm as package
 
 from .conftest import Made
 from .servers import Wandb
@@ -59,6 +65,52 @@ def test_what_the_service_did_not_keep_is_said_and_sent_again(
     assert said.splitlines()[-1] == f"lm: it has nothing after step 2; {missing}"
     service.full = None
     track(run.path, "wandb")
+    assert rows(service) == run.lines()
+
+
+# As `python -m lm`, with less time between looks and questions.
+HURRY = """
+import sys
+from lm.cli import main
+from lm.track import follow, wandb
+
+follow.POLL_SECONDS, wandb.ASK_SECONDS, wandb.STALL_SECONDS = 0.2, 0.2, 2.0
+sys.exit(main())
+"""
+
+
+def test_a_service_that_stops_taking_ends_who_follows(
+    made: Callable[..., Made], service: Wandb, track: Track, tmp_path: Path
+) -> None:
+    """And what it did not take is sent by the next one."""
+    taken = [{"_step": step, "loss": step} for step in range(3)]
+    service.runs["0123456789ab"] = {"rows": taken, "config": "{}", "displayName": "made"}
+    service.full = 3
+    run = made(steps=9)
+    for step in range(5):
+        run.log(step, loss=step)
+    with open(tmp_path / "log", "wb") as log:
+        follower = subprocess.Popen(
+            [sys.executable, "-c", HURRY, "track", str(run.path), "--to", "wandb", "--follow"],
+            env=os.environ | {"PYTHONPATH": str(Path(package.__file__).parent.parent)},
+            cwd=tmp_path,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    assert follower.stdin is not None
+    assert follower.stdout is not None
+    try:
+        assert follower.wait(30) == 5
+    finally:
+        follower.stdin.close()
+    tracked_at, said = follower.stdout.readlines()
+    assert tracked_at.startswith("tracked at ")
+    assert re.fullmatch(r"it has nothing after step 2, for \d+ s\n", said)
+    assert rows(service) == run.lines()[:3]
+    service.full = None
+    assert "sent 2 logged steps" in track(run.path, "wandb")
     assert rows(service) == run.lines()
 
 
