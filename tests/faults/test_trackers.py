@@ -1,6 +1,7 @@
 """Trackers that are down, slow, over quota or broken: training does not notice, and leaves nothing behind."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -187,6 +188,50 @@ def test_ctrl_c_lets_the_tracker_have_all(place: Place, workplace: Path, store: 
     assert len(losses.read_text().splitlines()) == len(
         (place.folder / "run" / "metrics.jsonl").read_text().splitlines()
     )
+
+
+# Looks more often, and fails the first time.
+FAILS_ONCE = """
+import os
+from lm.track import follow, mlflow
+
+trackers.AGAIN_SECONDS, follow.POLL_SECONDS = (0.5, 900.0), 0.2
+begin = mlflow.MlflowTracker.begin
+
+def fails_once(self, run):
+    if os.path.exists({mark!r}):
+        return begin(self, run)
+    open({mark!r}, "x").close()
+    raise ConnectionError("no route to host")
+
+mlflow.MlflowTracker.begin = fails_once
+"""
+
+
+def test_a_tracker_is_fed_while_training_goes_on(place: Place, workplace: Path, store: Path) -> None:
+    """By the next process when the first has failed; and each value is there once."""
+    place.sees_store()
+    (place.folder / "sitecustomize.py").write_text(HURRY + FAILS_ONCE.format(mark=f"{place.folder}/failed"))
+    process = place.start(workplace, "--log.trackers=mlflow", "--log.every=50", *FOREVER)
+
+    def arrived() -> list[int]:
+        texts = [file.read_text() for file in store.glob("*/*/metrics/loss")]
+        return [int(line.split()[2]) for text in texts for line in text.splitlines()]
+
+    try:
+        wait_until(lambda: len(arrived()) > 0)
+        first = len(arrived())
+        wait_until(lambda: len(arrived()) > first)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 75, said
+    assert said.count("mlflow: no route to host; training goes on, and it is tried again") == 1
+    steps = [json.loads(line)["step"] for line in (place.folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert arrived() == steps
 
 
 def test_a_run_in_a_bucket(place: Place, workplace: Path, undisturbed: Path, logged: Logged, store: Path) -> None:
