@@ -59,17 +59,29 @@ def test_a_device_that_waits_for_the_host() -> None:
 
 
 def test_devices_are_averaged() -> None:
-    one, four = summary(tpu()), summary(tpu(devices=4))
-    assert four.devices == 4
-    assert four.step_seconds == pytest.approx(one.step_seconds)
-    assert by_kind(four) == {row.name: row.seconds for row in one.kinds}
+    one, made = summary(tpu()), tpu(devices=2)
+    for line in made.space.planes[1].lines:
+        for event in line.events:
+            event.offset_ps, event.duration_ps = 3 * event.offset_ps, 3 * event.duration_ps
+    two = summary(made)
+    assert (two.devices, two.runs) == (2, 2)
+    assert two.step_seconds == pytest.approx(2 * one.step_seconds)
+    assert two.busy == pytest.approx(2 * one.busy)
+    assert by_kind(two) == {row.name: 2 * row.seconds for row in one.kinds}
+    assert [row.times for row in two.kinds] == [row.times for row in one.kinds]
+    assert [found.exposed for found in two.exchanges] == pytest.approx([2 * found.exposed for found in one.exchanges])
 
 
 def test_steps_before_the_annotated_ones_do_not_count() -> None:
     made = tpu(3)
+    (operations,) = [line for line in made.space.planes[0].lines if line.name == "XLA Ops"]
+    operations.events[1].duration_ps //= 4  # the product of the first step
     made.space.planes.pop()
     annotated(made, [21, 22], 100)
-    assert summary(made).runs == 2
+    found = summary(made)
+    assert (found.runs, found.steps) == (2, (21, 22))
+    assert found.step_seconds == pytest.approx(100 * US)
+    assert by_kind(found)["matrix products"] == 40 * US
 
 
 def test_a_gpu() -> None:
