@@ -34,7 +34,7 @@ class Span:
     begin: float
     end: float
     first: bool = True
-    """Whether it begins here: what contains others is in several spans."""
+    """Of those of one run of the operation: what contains others is in several spans."""
 
     @property
     def seconds(self) -> float:
@@ -234,14 +234,16 @@ class _Operations:
 
 def _unnested(events: list[tuple[Operation, Interval]]) -> Iterator[Span]:
     """Each moment belongs to the innermost of the operations that contain it."""
-    stack: list[tuple[Operation, float]] = []  # with the end of each
-    now, first = 0.0, True
+    stack: list[tuple[Operation, float, bool]] = []  # with the end of each, and whether it has no span yet
+    now = 0.0
 
     def until(end: float) -> Iterator[Span]:
-        nonlocal now, first
+        nonlocal now
         if end > now:
-            yield Span(stack[-1][0], now, end, first)
-        now, first = max(now, end), False
+            operation, last, first = stack[-1]
+            yield Span(operation, now, end, first)
+            stack[-1] = operation, last, False
+        now = max(now, end)
 
     for operation, (begin, end) in sorted(events, key=lambda event: (event[1][0], -event[1][1])):
         while stack and stack[-1][1] <= begin:
@@ -250,8 +252,8 @@ def _unnested(events: list[tuple[Operation, Interval]]) -> Iterator[Span]:
         if stack:
             yield from until(begin)
             end = min(end, stack[-1][1])
-        stack.append((operation, end))
-        now, first = begin, True
+        stack.append((operation, end, True))
+        now = begin
     while stack:
         yield from until(stack[-1][1])
         stack.pop()

@@ -40,6 +40,7 @@ def test_a_tpu(with_program: bool) -> None:
     assert exchanged["all-reduce"] == pytest.approx((20 * US, 20 * US))
     assert found.busy == pytest.approx(100 * US)
     assert found.between == found.inside == 0
+    assert [row.times for row in found.operations] == [1] * 7  # the loop too, though its product begins when it does
     parts = {row.name: row.seconds for row in found.parts}
     if with_program:
         assert parts["feed-forward"] == pytest.approx(40 * US)
