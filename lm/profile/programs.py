@@ -100,6 +100,7 @@ class _Module:
         self.name = self._proto.name
         self._computations = {one.id: one for one in self._proto.computations}
         self._instructions = {i.name: (one, i) for one in self._proto.computations for i in one.instructions}
+        self._numbered: dict[int, dict[int, Any]] = {}  # instructions, by computation and number
         self._opcodes: dict[int, set[str]] = {}
         self._known: dict[str, Operation] = {}
 
@@ -132,9 +133,10 @@ class _Module:
 
     def _begun(self, computation: Any, instruction: Any) -> Any:
         """What an instruction ends: where it began."""
-        by_number = {one.id: one for one in computation.instructions}
         while instruction.opcode.endswith(("-done", "-update")) and instruction.operand_ids:
-            before = by_number.get(instruction.operand_ids[0])
+            if computation.id not in self._numbered:
+                self._numbered[computation.id] = {one.id: one for one in computation.instructions}
+            before = self._numbered[computation.id].get(instruction.operand_ids[0])
             if before is None or not before.opcode.endswith(("-start", "-update")):
                 break
             instruction = before

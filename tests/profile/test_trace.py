@@ -1,14 +1,17 @@
 """Traces of every platform in one form: durations, kinds, parts of the model, what is hidden and what waits."""
 
+import time
+
 import jax
 import pytest
 
 from lm.profile import kinds
+from lm.profile.programs import Programs
 from lm.profile.summary import Summary, summarize
 from lm.profile.trace import trace_of
 from lm.profile.xplane import message_type, parse
 
-from .made import Made, annotated, gpu, tpu
+from .made import Made, annotated, gpu, program, tpu
 
 US = 1e-6
 
@@ -170,6 +173,19 @@ def test_a_real_trace(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert sum(span.seconds for span in ours) == pytest.approx(sum(event.duration_ns for event in theirs) * 1e-9)
     assert len(trace.devices[0].runs) == 3
     assert "matrix products" in {span.operation.kind for span in ours}
+
+
+def test_large_programs_take_no_longer_for_each_operation() -> None:
+    instructions: dict[str, dict[str, str]] = {}
+    for i in range(25_000):
+        instructions[f"all-gather-start.{i}"] = {"opcode": "all-gather-start"}
+        instructions[f"all-gather-done.{i}"] = {"opcode": "all-gather-done", "operand": f"all-gather-start.{i}"}
+    made = Made()
+    made.program(program("jit_train_step", instructions), 7)
+    programs, until = Programs(made.space), time.monotonic() + 10
+    for name in instructions:
+        assert programs.find(name, number=7).kind == "all-gather"
+        assert time.monotonic() < until
 
 
 def test_messages_are_declared_once() -> None:
