@@ -150,6 +150,7 @@ def test_a_view_that_is_lost_is_no_end(launch: Launch, machines: Path, folder: P
                     os.kill(pid, signal.SIGKILL)
                     ended += 1
         time.sleep(0.05)
+    assert ended == 2
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "all 100 steps are done" in out

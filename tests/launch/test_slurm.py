@@ -205,7 +205,7 @@ def test_an_answer_of_sbatch_that_is_lost(
 def test_a_view_that_is_lost_is_no_end(
     launch: Launch, machines: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lost = f"[ ! -e {folder}/lost ] || {{ echo timed out >&2; exit 1; }}"
+    lost = f"[ ! -e {folder}/lost ] || {{ touch {folder}/asked; echo timed out >&2; exit 1; }}"
     wrapped(folder, monkeypatch, "squeue", f'{lost}; exec "$real" "$@"')
     launch("up", machines, "config.py", *LONG)
     follow = subprocess.Popen(
@@ -215,6 +215,7 @@ def test_a_view_that_is_lost_is_no_end(
     (folder / "lost").write_text("")
     time.sleep(5)
     (folder / "lost").unlink()
+    assert (folder / "asked").exists()
     out, _ = follow.communicate(timeout=120)
     assert follow.returncode == 0, out
     assert "all 60 steps are done" in out
