@@ -167,12 +167,21 @@ def test_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["plot", str(run), "--log", "--out", str(tmp_path / "new" / "a.png")]) == 0
     assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == f"written to {tmp_path}/new/a.png\n"
-    found = of(run)
-    odd = Curves([Curve("_$x_", found.curves[0].x, found.curves[0].y)], "step", "loss", False, [])
-    write(odd, str(tmp_path / "b.SVG"))
-    assert (tmp_path / "b.SVG").read_text().startswith("<?xml")
     with pytest.raises(StorageError, match="cannot write"):
-        write(found, str(run / "config.json" / "c.png"))
+        write(of(run), str(run / "config.json" / "c.png"))
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_what_is_in_a_picture(log: bool, tmp_path: Path) -> None:
+    """Names as they are: no formulas, and none left out."""
+    matplotlib = pytest.importorskip("matplotlib", reason="needs the extra `plot`")
+    found = Curves([Curve("_$x$", [0, 1, 2], [1.0, 100.0, 3.0]), Curve("b", [0], [1.0])], "hours", "$y$", log, [])
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        write(found, str(tmp_path / "b.SVG"))
+    text = (tmp_path / "b.SVG").read_text()
+    assert text.startswith("<?xml")
+    assert {"_$x$", "b", "hours", "$y$"} <= {shown.strip() for shown in re.findall(r">([^<>]*)</text>", text)}
+    assert ("10^{1}" in text) == log
 
 
 def test_files_that_cannot_be(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
