@@ -87,7 +87,7 @@ def write(path: Path, seed: int, options: argparse.Namespace) -> None:
     with RunDirectory(path) as run:
         run.config.write_text("{}")
         log = Summaries(run, first_step=0, report=sys.exit)
-        log.config(config)
+        log.config(config, f"{seed:012}")
         for step in range(0, options.steps, options.every):
             loss = 4 * math.exp(-step / 2000) + 2 + 0.1 * seed + 0.02 * float(random.standard_normal())
             values = dict(zip(names, random.random(len(names)).tolist(), strict=True)) | {"loss": loss}
