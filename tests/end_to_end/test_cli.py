@@ -105,7 +105,7 @@ def test_tensorboard_shows_the_run(lm: Lm, workplace: Path) -> None:
 
     assert '"dir": "shown"' in texts("config")[0]
     assert "bound by" in texts("plan")[0]
-    assert [event.step for event in board.Tensors("sample")] == [2, 5]
+    assert [event.step for event in board.Tensors("sample")] == [2, 6]
     assert all(text.startswith("    the ") for text in texts("sample"))
 
 
