@@ -47,9 +47,7 @@ def test_a_trace(lm: Lm, traced: Path) -> None:
     kinds = {row["name"]: row["seconds"] for row in found["summary"]["kinds"]}
     assert sum(parts.values()) == pytest.approx(sum(kinds.values()))
     times = {row["name"]: row["times"] for row in found["summary"]["parts"]}
-    assert times["rest of the step"] < 0.3 * sum(times.values()), (
-        "most operations are known; of so short ones, not when"
-    )
+    assert times["rest of the step"] < 0.5 * sum(times.values())  # of so short ones, seconds are chance
     assert any(row["source"].startswith("lm/model/") for row in found["summary"]["operations"])
 
 
